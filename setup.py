@@ -26,6 +26,6 @@ setup(
     package_data={"daco_nb": ["assets/*", "assets/*/*"]},
     install_requires=cfg["requirements"].split(),
     extras_require={"dev": cfg["dev_requirements"].split()},
-    entry_points={"console_scripts": cfg["console_scripts"].split()},
+    entry_points={"console_scripts": cfg["console_scripts"].split(), "nbdev": ["daco_nb=daco_nb._modidx:d"]},
     zip_safe=False,
 )

@@ -1,0 +1,131 @@
+"""The rules of the house that a machine can check: packaging, the order of notebooks, sizes of cells, safety of files."""
+import ast
+import json
+import re
+import sys
+from configparser import ConfigParser
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+
+ROOT = Path(__file__).resolve().parent.parent
+NOTEBOOKS = sorted((ROOT / "nbs").glob("[0-9]*_*.ipynb"))
+MODULES = sorted((ROOT / "daco_nb").glob("[!_]*.py"))
+NUMBER = {p.stem.split("_", 1)[1]: int(p.stem.split("_", 1)[0]) for p in NOTEBOOKS}
+each_notebook = pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda p: p.stem)
+each_module = pytest.mark.parametrize("module", MODULES, ids=lambda p: p.stem)
+sys.path.insert(0, str(ROOT / ".ci"))
+import readme  # noqa: E402
+
+
+def cells(notebook, kind=None):
+    "The cells of a notebook, of one kind or of all, with their source as one string."
+    found = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+    return [{**c, "source": "".join(c["source"])} for c in found if kind in (None, c["cell_type"])]
+
+
+def code_lines(source):
+    "The lines of a code cell without directives and blank lines."
+    return [line for line in source.split("\n") if line.strip() and not line.startswith("#|")]
+
+
+def imported(source):
+    "The modules of the package that a cell imports; lines of IPython (`%`, `!`) don't count."
+    tree = ast.parse("\n".join("" if re.match(r"\s*[%!]", line) else line for line in source.split("\n")))
+    for node in ast.walk(tree):
+        names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+        if isinstance(node, ast.ImportFrom) and node.module:
+            names = [f"{node.module}.{a.name}" for a in node.names] if node.module == "daco_nb" else [node.module]
+        yield from (n.split(".")[1] for n in names if n.startswith("daco_nb."))
+
+
+def test_settings():
+    "Requirements parse, every one has an upper bound or a pin, and the version is the package's."
+    parser = ConfigParser(delimiters=["="])
+    parser.read(ROOT / "settings.ini", encoding="utf-8")
+    cfg = parser["DEFAULT"]
+    for text in (cfg["requirements"] + " " + cfg["dev_requirements"]).split():
+        assert Requirement(text).specifier, text
+    for text in cfg["requirements"].split():
+        assert Requirement(text).name == "tokenizers" or any(s.operator in ("<", "==", "~=") for s in Requirement(text).specifier), text
+    assert f'"{cfg["version"]}"' in (ROOT / "daco_nb/__init__.py").read_text()
+
+
+def test_package_data():
+    "Whatever lies in daco_nb/assets is shipped, and none of it is of a kind that must be unpickled."
+    patterns = re.search(r"package_data=.*?\[(.*?)\]", (ROOT / "setup.py").read_text(), re.S)[1]
+    shipped = {p for pattern in re.findall(r'"(.+?)"', patterns) for p in (ROOT / "daco_nb").glob(pattern)}
+    assets = {p for p in (ROOT / "daco_nb/assets").rglob("*") if p.is_file()}
+    assert assets <= shipped, f"not shipped: {sorted(assets - shipped)}"
+    assert not {p for p in assets if p.suffix in (".pt", ".pth", ".bin", ".pkl", ".pickle", ".ckpt", ".npy")}
+    assert sum(p.stat().st_size for p in assets) <= 100e6
+
+
+@each_notebook
+def test_imports_only_lower_numbers(notebook):
+    "A notebook imports only from notebooks with lower numbers (15_checks excepted, and its own module)."
+    own = int(notebook.stem.split("_")[0])
+    for cell in cells(notebook, "code"):
+        exported = re.search(r"^#\|\s*exports?i?\b", cell["source"], re.M)
+        for name in imported(cell["source"]):
+            assert name in NUMBER, f"no notebook makes daco_nb.{name}"
+            assert NUMBER[name] < own or (NUMBER[name] in (own, 15) and not exported), f"{notebook.name} imports {name}"
+
+
+@each_notebook
+def test_cells(notebook):
+    "A title cell comes first, as nbdev wants it; exported cells have at most 25 lines."
+    every, code = cells(notebook), cells(notebook, "code")
+    assert re.fullmatch(r"# [^\n]+\n> [^\n]+", every[0]["source"].strip()), "first cell: `# Title` and `> subtitle`, nothing else"
+    for cell in code:
+        if re.search(r"^#\|\s*exports?i?\b", cell["source"], re.M):
+            assert len(code_lines(cell["source"])) <= 25, cell["source"][:200]
+
+
+@each_notebook
+def test_outputs(notebook):
+    "No stored output is an error, and none names a folder of the machine it was run on."
+    for cell in cells(notebook, "code"):
+        for out in cell["outputs"]:
+            assert out["output_type"] != "error", cell["source"][:200]
+            text = json.dumps({k: v for k, v in out.get("data", {}).items() if not k.startswith("image/")}) + "".join(out.get("text", ""))
+            assert not re.search(r"(?<![\w.])/(root|home|work|tmp|Users)/", text), text[:300]
+
+
+@each_module
+def test_nothing_is_unpickled(module):
+    "No pickle, no torch.load without weights_only=True, no trust_remote_code=True, no allow_pickle=True."
+    tree = ast.parse(module.read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            names = [a.name for a in node.names] + [getattr(node, "module", None) or ""]
+            assert not {n.split(".")[0] for n in names} & {"pickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}, ast.unparse(node)
+        if isinstance(node, ast.Call):
+            keywords = {k.arg: getattr(k.value, "value", None) for k in node.keywords}
+            assert keywords.get("trust_remote_code", False) is False, ast.unparse(node)
+            assert keywords.get("allow_pickle") is not True, ast.unparse(node)
+            assert ast.unparse(node.func) != "torch.load" or keywords.get("weights_only") is True, ast.unparse(node)
+
+
+def test_every_module_comes_from_a_notebook():
+    "daco_nb/ holds what the notebooks export, and nothing else."
+    assert {m.stem for m in MODULES} == set(NUMBER)
+
+
+def test_readme():
+    "README.md is what index.ipynb says, and names the commands that .ci/run runs."
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert text == readme.readme(ROOT / "nbs/index.ipynb"), "run `python .ci/readme.py`"
+    run = (ROOT / ".ci/run").read_text(encoding="utf-8")
+    assert re.search(r"README_TEST='(.*)'", run)[1] in text
+    assert re.search(r"pip install --quiet (-e '.*?')", run)[1] in text
+    for link in re.findall(r"\]\(([^)#\s]+)", text) + re.findall(r'src="([^"]+)"', text):
+        assert "://" in link or (ROOT / link).exists(), f"README.md links to {link}"
+
+
+def test_sidebar():
+    "Every notebook is on the site's sidebar, and the sidebar names no other."
+    listed = set(re.findall(r"[\w-]+\.ipynb", (ROOT / "nbs/sidebar.yml").read_text()))
+    assert listed == {p.name for p in (ROOT / "nbs").glob("*.ipynb")}
+    assert (ROOT / "nbs/_quarto.yml").resolve() == ROOT / "_quarto.yml"
