@@ -3,12 +3,14 @@
 Build it first (`python .ci/build_docs.py`). DACO_NB_SITE names another folder than _docs; DACO_NB_STRICT=1 (as in CI) turns
 "not built" into a failure; DACO_NB_SCREENSHOTS names a folder for pictures of the pages that Chromium loads.
 """
+import contextlib
 import functools
 import http.server
 import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -20,7 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SITE = Path(os.environ.get("DACO_NB_SITE") or ROOT / "_docs").resolve()
 CHROMIUM = next(filter(None, map(shutil.which, ["chromium", "chromium-browser", "google-chrome"])), None)
 FLAGS = ("--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-         "--disable-component-update --disable-sync --hide-scrollbars --window-size=1280,1800 --virtual-time-budget=15000 "
+         "--disable-component-update --disable-sync --hide-scrollbars --window-size=1280,1800 --virtual-time-budget=6000 "
          "--enable-logging=stderr").split()
 NOTEBOOKS = sorted(p for p in (ROOT / "nbs").glob("*.ipynb") if not p.name.startswith(("_", ".")))
 sys.path.insert(0, str(ROOT / ".ci"))
@@ -113,6 +115,21 @@ def address():
         server.shutdown()
 
 
+def chromium(url, picture, folder, seconds=240):
+    "Load a page, take its picture; the page as the browser left it, and the browser's log. Output goes to files: no pipe can hang."
+    out, err = folder / "dom", folder / "log"
+    command = [CHROMIUM, *FLAGS, f"--user-data-dir={folder / 'profile'}", f"--screenshot={picture}", "--dump-dom", url]
+    with open(out, "wb") as o, open(err, "wb") as e:
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=o, stderr=e, start_new_session=True)
+        try:
+            process.wait(seconds)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # its helpers, too
+            process.wait()
+    return out.read_text(encoding="utf-8"), err.read_text(encoding="utf-8", errors="replace")
+
+
 @pytest.mark.skipif(not CHROMIUM, reason="no Chromium on this machine")
 @pytest.mark.parametrize("name", ["index", "steering"])
 def test_in_browser(name, address, tmp_path):
@@ -120,17 +137,12 @@ def test_in_browser(name, address, tmp_path):
     source = (SITE / f"{name}.html").read_text(encoding="utf-8")
     if "https://cdn." in source:
         pytest.skip("the page takes KaTeX or Mermaid from a CDN (built by Quarto, or without npm)")
-
-    def chromium(*flags):
-        command = [CHROMIUM, *FLAGS, f"--user-data-dir={tmp_path / 'profile'}", *flags, f"{address}/{name}.html"]
-        return subprocess.run(command, capture_output=True, text=True, timeout=120, stdin=subprocess.DEVNULL)
     picture = Path(os.environ.get("DACO_NB_SCREENSHOTS") or tmp_path) / f"site_{name}.png"
     picture.parent.mkdir(parents=True, exist_ok=True)
-    chromium(f"--screenshot={picture}")
+    dom, log = chromium(f"{address}/{name}.html", picture, tmp_path)
     assert picture.stat().st_size > 20_000
-    done = chromium("--dump-dom")
-    assert [line for line in done.stderr.splitlines() if "CONSOLE" in line] == []
-    assert Handler.missed == [] and "</html>" in done.stdout
-    assert ('class="math' in source) <= ('class="katex' in done.stdout)
-    assert ('class="mermaid' in source) <= ('data-processed="true"><svg' in done.stdout)
-    assert "katex-error" not in done.stdout
+    assert [line for line in log.splitlines() if "CONSOLE" in line] == []
+    assert Handler.missed == [] and "</html>" in dom
+    assert ('class="math' in source) <= ('class="katex' in dom)
+    assert ('class="mermaid' in source) <= ('data-processed="true"><svg' in dom)
+    assert "katex-error" not in dom
