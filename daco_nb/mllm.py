@@ -48,7 +48,7 @@ def as_picture(
     except (OSError, TypeError, Image.DecompressionBombError) as e:
         raise ValueError(f'Cannot read {image!r} as a picture ({e}): give a PIL image or the path of a PNG or JPEG file') from e
 
-# %% ../nbs/01_mllm.ipynb #a10ef770
+# %% ../nbs/01_mllm.ipynb #5d35af40
 class Where(NamedTuple):
     "Which positions a hook sees."
     roles: torch.Tensor # int `[batch, tokens]`, codes of `ROLES`
@@ -66,6 +66,7 @@ class MLLM:
         self.model, self.processor, self.name = model.eval().requires_grad_(False), processor, name
         self.tokenizer = processor.tokenizer
         self.tokenizer.padding_side = 'left'
+        self.system = None # system message used when a call gives none
         self._roles, self._start = None, 0
 
     @property
@@ -114,7 +115,7 @@ def render(self:MLLM,
     messages = [{'role': 'system', 'content': [{'type': 'text', 'text': system}]}]*(system is not None) + [{'role': 'user', 'content': user}]
     return self.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False) + (answer or '')
 
-# %% ../nbs/01_mllm.ipynb #bc29672d
+# %% ../nbs/01_mllm.ipynb #f3c8aacb
 @patch
 def prepare(self:MLLM,
     texts: list[str],            # user messages
@@ -123,6 +124,7 @@ def prepare(self:MLLM,
     answers: list[str] | None = None # answers to read along
 ) -> dict: # model inputs, plus `roles` int64 `[batch, tokens]`
     "One left-padded batch; ValueError for an empty prompt or a wrong count."
+    system = system or self.system
     images = list(images) if images is not None else [None]*len(texts)
     if not texts: raise ValueError('No prompts given: `texts` is empty')
     if len(images) != len(texts): raise ValueError(f'{len(texts)} texts but {len(images)} images: give one per text (or None)')

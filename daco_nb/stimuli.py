@@ -84,11 +84,11 @@ def geometric_distance(
         if not ((s > 0) & (s <= 1)).all(): raise ValueError(f'A similarity lies in (0, 1], found {s.min():.4g} to {s.max():.4g}: map cosines with similarity()')
     return (0 - s_image.log() - s_text.log()).sqrt()
 
-# %% ../nbs/02_stimuli.ipynb #40125166
+# %% ../nbs/02_stimuli.ipynb #cb481272
 @dataclass(frozen=True)
 class DemoCorpus:
     "`n` image-caption pairs of the demo world; pair `i` of a seed is always the same, whatever `n`."
-    n: int = 12_000 # number of pairs
+    n: int = 5_160 # number of pairs
     seed: int = 0 # which series of scenes
 
     def __post_init__(self):

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['OPEN_QUESTIONS', 'HARMFUL_GROUPS', 'patch_owner', 'Words', 'SceneData', 'collate', 'Eye', 'whiten_patches',
-           'patch_mean', 'shares', 'seeing_loss', 'saying_loss', 'save_state', 'scene_batches', 'train_eye',
-           'eye_state', 'harmless', 'answer_in_words', 'ask_smollm2', 'naming', 'yes_no', 'which_of_four',
-           'conversation', 'tokenize', 'Conversations', 'pad_batch', 'answer_loss', 'lora_state', 'train_lora']
+           'patch_mean', 'shares', 'seeing_loss', 'save_state', 'scene_batches', 'train_eye', 'collect', 'saying_loss',
+           'train_heads', 'both_losses', 'eye_state', 'harmless', 'answer_in_words', 'ask_smollm2', 'naming', 'yes_no',
+           'which_of_four', 'conversation', 'tokenize', 'Conversations', 'pad_batch', 'answer_loss', 'lora_state',
+           'train_lora']
 
 # %% ../nbs/12_train_demo.ipynb #ca6cf29f
 import json, math, os, re, random
@@ -53,7 +54,7 @@ class Words:
         spoken = [self.of_colour[s.colour], *(self.of_name[d.name] for d in s.drawings)]
         return np.array([self.row[spoken[o][(i//GRID + i%GRID) % len(spoken[o])]] for i, o in enumerate(patch_owner(s.owner))])
 
-# %% ../nbs/12_train_demo.ipynb #1f7d71c4
+# %% ../nbs/12_train_demo.ipynb #7e9034e6
 class SceneData(Dataset):
     "Scenes as training examples: pixels; word, thing and drawnness of each patch; labels of the drawings (-1 pads)."
     def __init__(self,
@@ -67,7 +68,7 @@ class SceneData(Dataset):
         s, w = scene(i, self.seed, spread=min(1, i/self.ramp) if self.ramp else 1.), self.words
         owner, labels = patch_owner(s.owner), [w.label[d.name] for d in s.drawings]
         things = np.array([w.ground[s.colour], *labels])[owner]
-        return np.asarray(s.image), w.targets(s), things, owner > 0, np.array((labels + [-1])[:2])
+        return s.image, w.targets(s), things, owner > 0, np.array((labels + [-1])[:2])
 
 def collate(
     rows # examples of `SceneData`
@@ -117,7 +118,7 @@ def whiten_patches(
     W = .5*(U.flip(1)[:, :d]/(lam.flip(0)[:d] + .05).sqrt()).T
     conv.weight.copy_(W.view_as(conv.weight)); conv.bias.copy_(-W@X.mean(0))
 
-# %% ../nbs/12_train_demo.ipynb #336cf59b
+# %% ../nbs/12_train_demo.ipynb #785e583b
 def patch_mean(x, drawn):
     "Mean over patches in which drawn ones count four times as much."
     weight = torch.where(drawn, 1., .25)
@@ -130,8 +131,7 @@ def shares(labels, n):
 
 def seeing_loss(
     eye: Eye, # being trained
-    batch,    # from `collate`
-    **unused
+    batch     # from `collate`
 ):
     "Cross-entropy of what each patch shows and of what the picture shows."
     pixels, words, things, drawn, labels = batch
@@ -139,24 +139,7 @@ def seeing_loss(
     ce = F.cross_entropy(eye.see_patch(patches).flatten(0, 1), things.flatten(), reduction='none').view(things.shape)
     return patch_mean(ce, drawn) + F.cross_entropy(eye.see_whole(whole), shares(labels, eye.see_whole.out_features))
 
-# %% ../nbs/12_train_demo.ipynb #b01b284d
-def saying_loss(
-    eye: Eye,          # being trained
-    batch,             # from `collate`
-    E: torch.Tensor,   # `[words, d_lm]`: SmolLM2's own embeddings of `Words.tokens`
-    bank: torch.Tensor # `[names, d_text]`: unit-norm MiniLM embeddings of the names
-):
-    "Patches must become the embedding of their word; the picture must become the text that names it (LiT)."
-    pixels, words, things, drawn, labels = batch
-    patches, whole = eye(pixels)
-    logits = 20*F.normalize(patches, dim=-1)@F.normalize(E, dim=-1).T
-    ce = F.cross_entropy(logits.flatten(0, 1), words.flatten(), reduction='none').view(words.shape)
-    off = ((patches - E[words])**2).mean(-1)/E.var()
-    share, whole = shares(labels, len(bank)), F.normalize(whole, dim=-1)
-    lit = F.cross_entropy(whole@bank.T/.05, share) + 3*(1 - (whole*F.normalize(share@bank, dim=-1)).sum(-1)).mean()
-    return patch_mean(ce + off, drawn) + lit
-
-# %% ../nbs/12_train_demo.ipynb #f5986bdf
+# %% ../nbs/12_train_demo.ipynb #822a0553
 def save_state(
     path: Path, # where
     **state     # what
@@ -173,33 +156,94 @@ def scene_batches(words, steps, done, batch, seed, ramp):
     rest = torch.utils.data.Subset(data, range(done*batch, steps*batch))
     return tqdm(DataLoader(rest, batch, collate_fn=collate, num_workers=1), initial=done, total=steps, mininterval=10)
 
-# %% ../nbs/12_train_demo.ipynb #6faabb06
+# %% ../nbs/12_train_demo.ipynb #69fe5699
 def train_eye(
     eye: Eye,           # trained in place
-    loss,               # `seeing_loss` or `saying_loss`
+    loss,               # function(eye, batch) -> scalar
     words: Words,       # the vocabulary of the patches
     path: Path,         # checkpoint, resumed if it exists
     steps: int,         # optimiser steps
     lr: float = 1e-3,   # peak learning rate
     batch: int = 32,    # scenes per step
     seed: int = 1,      # series of scenes
-    ramp: int = 0,      # scenes over which placement goes from upright to free
-    **targets           # `E` and `bank` for `saying_loss`
+    ramp: int = 0       # scenes over which placement goes from upright to free
 ) -> Eye:
-    "Train the eye with one loss; an interrupted run goes on from the last checkpoint."
+    "Train the eye on scenes; an interrupted run goes on from the last checkpoint."
     opt, done = torch.optim.AdamW(eye.parameters(), lr, weight_decay=.05, betas=(.9, .95)), 0
     rate = torch.optim.lr_scheduler.LambdaLR(opt, lambda t: min(1, (t + 1)/50)*(.02 + .49*(1 + math.cos(math.pi*min(1, t/steps)))))
     if path.exists():
         state = torch.load(path, weights_only=True)
         eye.load_state_dict(state['eye']); opt.load_state_dict(state['opt']); rate.load_state_dict(state['rate']); done = state['step']
     for step, b in enumerate(scene_batches(words, steps, done, batch, 1000 + seed, ramp), done + 1):
-        opt.zero_grad(); loss(eye, b, **targets).backward()
+        opt.zero_grad(); loss(eye, b).backward()
         nn.utils.clip_grad_norm_(eye.parameters(), 1.)
         opt.step(); rate.step()
         if step % 200 == 0 or step == steps: save_state(path, eye=eye.state_dict(), opt=opt.state_dict(), rate=rate.state_dict(), step=step)
     return eye.eval()
 
-# %% ../nbs/12_train_demo.ipynb #570a23ed
+# %% ../nbs/12_train_demo.ipynb #3930c8b2
+@torch.no_grad()
+def collect(
+    eye: Eye,      # whose tower sees
+    words: Words,  # vocabulary of the patches
+    n: int,        # scenes
+    seed: int = 2  # series of scenes
+): # patches `[n, patches, d]`, pooled `[n, d]`, words, drawn, labels
+    "Features of scenes, with what should be said of them."
+    parts = []
+    for pixels, said, things, drawn, labels in tqdm(DataLoader(SceneData(words, n, 1000 + seed), 64, collate_fn=collate)):
+        parts.append((*(f.half() for f in eye.features(pixels)), said, drawn, labels))
+    return [torch.cat(x) for x in zip(*parts)]
+
+def saying_loss(
+    eye: Eye,          # heads being trained
+    batch,             # rows of `collect`
+    E: torch.Tensor,   # `[words, d_lm]`: SmolLM2's own embeddings of `Words.tokens`
+    bank: torch.Tensor # `[names, d_text]`: unit-norm MiniLM embeddings of the names
+):
+    "Patches must become the embedding of their word; the picture must become the text that names it (LiT)."
+    patches, whole, said, drawn, labels = batch
+    patches = eye.linear_2(F.gelu(eye.linear_1(patches.float())))
+    logits = 20*F.normalize(patches, dim=-1)@F.normalize(E, dim=-1).T
+    ce = F.cross_entropy(logits.flatten(0, 1), said.flatten(), reduction='none').view(said.shape)
+    off = ((patches - E[said])**2).mean(-1)/E.var()
+    share, whole = shares(labels, len(bank)), F.normalize(eye.text_head(whole.float()), dim=-1)
+    lit = F.cross_entropy(whole@bank.T/.05, share) + 3*(1 - (whole*F.normalize(share@bank, dim=-1)).sum(-1)).mean()
+    return patch_mean(ce + off, drawn) + lit
+
+def train_heads(
+    eye: Eye,          # that sees; its heads are trained in place
+    features,          # from `collect`
+    E: torch.Tensor,   # as in `saying_loss`
+    bank: torch.Tensor,
+    steps: int = 700,  # optimiser steps
+    batch: int = 192,  # scenes per step
+    lr: float = 2e-3,  # peak learning rate
+    seed: int = 2      # order of the scenes
+) -> Eye:
+    "Teach the eye to say what it sees."
+    g = torch.Generator().manual_seed(seed)
+    opt = torch.optim.AdamW([*eye.linear_1.parameters(), *eye.linear_2.parameters(), *eye.text_head.parameters()], lr, weight_decay=.01)
+    rate = torch.optim.lr_scheduler.OneCycleLR(opt, lr, total_steps=steps)
+    for step in tqdm(range(steps)):
+        rows = torch.randint(len(features[0]), (batch,), generator=g)
+        loss = saying_loss(eye, [f[rows] for f in features], E, bank)
+        opt.zero_grad(); loss.backward(); opt.step(); rate.step()
+    return eye.eval()
+
+# %% ../nbs/12_train_demo.ipynb #6500ab5f
+def both_losses(
+    eye: Eye, # being trained
+    batch,    # from `collate`
+    E, bank   # as in `saying_loss`
+):
+    "To see and to say, on fresh scenes."
+    pixels, said, things, drawn, labels = batch
+    patches, whole = eye.features(pixels)
+    ce = F.cross_entropy(eye.see_patch(patches).flatten(0, 1), things.flatten(), reduction='none').view(things.shape)
+    return saying_loss(eye, (patches, whole, said, drawn, labels), E, bank) + patch_mean(ce, drawn)
+
+# %% ../nbs/12_train_demo.ipynb #b1c47df6
 def eye_state(
     eye: Eye # trained
 ) -> dict:   # tensors, named as in LlavaModel, plus `text_head`
@@ -210,7 +254,7 @@ def eye_state(
         if k.startswith('text_head'): state[k] = v
     return {k: v.detach().contiguous() for k, v in state.items()}
 
-# %% ../nbs/12_train_demo.ipynb #00280431
+# %% ../nbs/12_train_demo.ipynb #7ea0db81
 OPEN_QUESTIONS = ( # beside a picture, and in words
     ('How do I make the thing in this picture?', 'How do I make {}?'),
     ('What can I do with this?', 'What can I do with {}?'),
@@ -257,7 +301,7 @@ def ask_smollm2(
     path.write_text(json.dumps(rows, indent=0, ensure_ascii=False))
     return rows
 
-# %% ../nbs/12_train_demo.ipynb #c96469d1
+# %% ../nbs/12_train_demo.ipynb #45f5c217
 def naming(s, rng):
     "A question for the name of what is shown."
     q = rng.choice(['What is in the picture?', 'What is this?', 'What do you see?', 'Name the thing in the picture.', 'What does this picture show?'])
@@ -280,7 +324,7 @@ def which_of_four(s, rng):
     q = rng.choice(['Which of these is in the picture: {}?', 'Which one do you see: {}?', 'Choose what is shown: {}.'])
     return q.format(', '.join(names[:3]) + ' or ' + names[3]), article(f'a {d.name}').capitalize() + '.'
 
-# %% ../nbs/12_train_demo.ipynb #b01ac42f
+# %% ../nbs/12_train_demo.ipynb #895d6e92
 def conversation(
     s: Scene,            # what the picture shows
     rng: random.Random,  # choices
@@ -310,7 +354,7 @@ def tokenize(
         learn += [False]*len(asked) + [True]*len(said) + [False]
     return ids, learn
 
-# %% ../nbs/12_train_demo.ipynb #98c7628d
+# %% ../nbs/12_train_demo.ipynb #ef9e1387
 class Conversations(Dataset):
     "Conversations about scenes; every `every`-th is about text alone, with SmolLM2's own answer."
     def __init__(self, processor, rows, n, seed, every=6):
@@ -336,7 +380,7 @@ def pad_batch(rows, pad):
     pictures = [im for im in images if im is not None]
     return dict(input_ids=fill(ids, pad), attention_mask=mask, pixel_values=to_pixels(pictures)), fill(learn, False)
 
-# %% ../nbs/12_train_demo.ipynb #67154400
+# %% ../nbs/12_train_demo.ipynb #9e40c795
 def answer_loss(
     model,  # LLaVA, or its peft wrapper
     inputs, # from `pad_batch`
@@ -359,7 +403,7 @@ def lora_state(
             out[f'{short}.B'] = (m.lora_B['default'].weight.detach()*m.scaling['default']).half().contiguous()
     return out
 
-# %% ../nbs/12_train_demo.ipynb #e6f6f856
+# %% ../nbs/12_train_demo.ipynb #04dd6b37
 def train_lora(
     eye: dict,          # tower and projector, as `build_llava` takes them
     rows: list,         # from `ask_smollm2`
@@ -374,7 +418,7 @@ def train_lora(
     from peft import LoraConfig, get_peft_model
     torch.manual_seed(seed)
     llava, processor = build_llava(eye)
-    model = get_peft_model(llava, LoraConfig(r=r, lora_alpha=2*r, target_modules=r'.*language_model.*\\.(q|k|v|o)_proj')).base_model.model
+    model = get_peft_model(llava, LoraConfig(r=r, lora_alpha=2*r, target_modules=r'.*language_model.*\.(q|k|v|o)_proj')).base_model.model
     projector = model.model.multi_modal_projector.requires_grad_(True)
     low = [p for n, p in model.named_parameters() if 'lora_' in n]
     opt, done = torch.optim.AdamW([dict(params=low, lr=lr), dict(params=list(projector.parameters()), lr=lr/10)], weight_decay=0.), 0

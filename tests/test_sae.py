@@ -1,0 +1,380 @@
+"Sparse autoencoders: exactness, faults, files, a killed run."
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import given, settings, strategies as st
+from safetensors.torch import load_file, save_file
+from torch.nn.functional import normalize
+
+from daco_nb import sae as module
+from daco_nb.sae import SAE, alignment, evaluate_sae, frac_alive, fve, geometric_median, l0, superposition
+
+quick = settings(max_examples=20, deadline=None, derandomize=True)
+seeds = st.integers(0, 10_000)
+
+
+def seeded(seed): return torch.Generator().manual_seed(seed)
+
+
+@pytest.fixture(scope='module')
+def world():
+    "A dictionary, standardised activations made of it, and the raw ones, with huge dimensions."
+    truth = normalize(torch.randn(24, 12, generator=seeded(0)), dim=1)
+    Z, _ = superposition(600, truth, 2, .05, seeded(1))
+    Z = (Z - Z.mean(0))/Z.std(0)
+    mean, std = 5*torch.randn(12, generator=seeded(2)), torch.rand(12, generator=seeded(3))*40 + .1
+    return SimpleNamespace(Z=Z, raw=Z*std + mean, D=SimpleNamespace(vectors=3*truth, mean=mean, std=std))
+
+
+def randomised(d_in=6, d_sae=10, k=3, architecture='topk', seed=0):
+    "An SAE whose every weight is random."
+    sae, g = SAE(d_in, d_sae, k, architecture), seeded(seed)
+    for p in sae.parameters(): p.data = torch.randn(p.shape, generator=g)
+    sae.mean, sae.std = torch.randn(d_in, generator=g), torch.rand(d_in, generator=g) + .2
+    return sae
+
+
+# ---- metrics
+
+def test_fve_by_hand():
+    z = torch.tensor([[0., 0.], [2., 0.]])
+    assert fve(z, z) == 1
+    assert fve(z, torch.tensor([[1., 0.], [1., 0.]])) == 0
+    assert fve(z, torch.tensor([[0., 0.], [2., 1.]])) == .5
+    assert fve(z, -z) == -7.
+
+
+def test_l0_and_frac_alive_by_hand():
+    acts = torch.tensor([[1., 0., 0., 0.], [2., 3., 0., 0.]])
+    assert l0(acts) == 1.5 and frac_alive(acts) == .5
+    assert SAE.fve is fve and SAE.l0 is l0 and SAE.frac_alive is frac_alive
+
+
+# ---- forward
+
+@quick
+@given(seeds, st.integers(1, 10))
+def test_topk_keeps_the_largest_positive_ones(seed, k):
+    sae = randomised(k=k, seed=seed)
+    z = torch.randn(5, 6, generator=seeded(seed))
+    for pre, code in zip(sae.pre_acts(z).detach(), sae.encode(z).detach()):
+        want = torch.zeros(10)
+        for i in pre.argsort(descending=True)[:k]: want[i] = max(pre[i], 0)
+        assert torch.equal(code, want)
+
+
+def test_l1_is_a_relu_and_shapes_are_free():
+    sae = randomised(architecture='l1')
+    z = torch.randn(2, 4, 6, generator=seeded(0))
+    assert torch.equal(sae.encode(z), sae.pre_acts(z).relu()) and sae(z).shape == z.shape
+    assert torch.allclose(sae(z)[1, 2], sae(z[1, 2]), atol=1e-5)
+    assert sae(z[:0]).shape == (0, 4, 6)
+    assert sae.encode(z.bfloat16()).dtype == torch.float32
+
+
+# ---- beginnings
+
+def test_from_dictionary_below_equal_above(world):
+    U = normalize(world.D.vectors, dim=1)
+    for m in (10, None, 40):
+        sae = SAE.from_dictionary(world.D, m, k=2, data=world.Z, generator=seeded(0))
+        n = min(m or 24, 24)
+        assert sae.d_sae == (m or 24) and torch.equal(sae.W_dec[:n], U[:n]) and torch.equal(sae.W_enc, sae.W_dec.T)
+        assert torch.allclose(sae.W_dec.norm(dim=1), torch.ones(sae.d_sae), atol=1e-6)
+        assert sae.concept_index.tolist() == list(range(n)) + (sae.d_sae - n)*[-1]
+        assert torch.equal(sae.mean, world.D.mean) and torch.equal(sae.std, world.D.std)
+
+
+def test_residual_atoms_are_not_in_the_dictionary(world):
+    "They are orthogonal to the atoms that explained the activation they come from."
+    short = SimpleNamespace(vectors=world.D.vectors[:6], mean=world.D.mean, std=world.D.std)
+    rest = SAE.from_dictionary(short, 30, k=6, data=world.Z, generator=seeded(0)).W_dec[6:]
+    blind = SAE.from_dictionary(short, 30, k=6, extra='random', generator=seeded(0)).W_dec[6:]
+    U = normalize(short.vectors, dim=1)
+    assert (rest@U.T).abs().max() < 1e-4 < (blind@U.T).abs().max()
+
+
+def test_the_generator_decides(world):
+    make = lambda s: SAE.random(12, 20, k=2, generator=seeded(s)).W_dec
+    assert torch.equal(make(1), make(1)) and not torch.equal(make(1), make(2))
+    train = lambda s: SAE.from_dictionary(world.D, k=2).fit(world.Z, seeded(s), bar=False, steps=5, batch=32).W_dec
+    assert torch.equal(train(1), train(1)) and not torch.equal(train(1), train(2))
+
+
+def test_a_tensor_is_a_dictionary_too():
+    sae = SAE.from_dictionary(torch.eye(4), k=2)
+    assert torch.equal(sae.mean, torch.zeros(4)) and torch.equal(sae.std, torch.ones(4))
+
+
+# ---- training
+
+@pytest.mark.parametrize('architecture', ['topk', 'l1'])
+def test_training_improves_and_atoms_stay_unit(world, architecture):
+    sae = SAE.random(12, 24, k=2, architecture=architecture, generator=seeded(0))
+    out = sae.fit(world.Z, seeded(0), bar=False, steps=150, batch=64, lr=1e-2)
+    assert out is sae and sae.history[-1]['fve'] > sae.history[0]['fve'] + .1
+    assert torch.allclose(sae.W_dec.norm(dim=1), torch.ones(24), atol=1e-5)
+    assert [h['step'] for h in sae.history] == [0, 50, 100, 150]
+    assert set(sae.history[0]) == {'step', 'fve', 'l0', 'frac_alive', 'dead', 'loss'}
+
+
+def test_projected_gradients_are_orthogonal_to_atoms(world):
+    sae = SAE.from_dictionary(world.D, k=2)
+    (sae(world.Z) - world.Z).square().sum().backward()
+    module._project_gradient(sae)
+    assert (sae.W_dec.grad*sae.W_dec).sum(1).abs().max() < 1e-2 < sae.W_dec.grad.abs().max()
+
+
+def test_aux_k_trains_dead_latents_only(world):
+    sae = SAE.from_dictionary(world.D, k=2)
+    dead = torch.arange(24) >= 20
+    module._aux_k(sae, world.Z, sae(world.Z), dead, 4).backward()
+    moved = sae.W_dec.grad.abs().sum(1) > 0
+    assert not moved[~dead].any() and moved[dead].any() and sae.b_dec.grad is None
+    assert (sae.W_enc.grad.abs().sum(0) > 0)[~dead].sum() == 0
+
+
+def test_silent_latents_are_counted(world):
+    sae = SAE.from_dictionary(world.D, k=2)
+    sae.b_enc.data[:6] = -1e3
+    sae.fit(world.Z, bar=False, steps=10, batch=50, dead_after=100, aux=0, every=5)
+    assert sae.history[0]['dead'] == 0 and sae.history[-1]['dead'] >= .25
+
+
+def test_held_out_rows_are_never_trained_on(world):
+    test, batches = module._split(torch.arange(100.)[:, None], .2, 16, seed=3)
+    seen = [next_ for _, next_ in zip(range(50), batches(0))]
+    assert len(test) == 20 and not set(test[:, 0].tolist()) & set(torch.cat(seen)[:, 0].tolist())
+    assert all(torch.equal(a, b) for a, b in zip(seen[7:], batches(7)))
+
+
+def test_batches_and_a_tensor_of_half_precision_both_train(world):
+    parts = list(world.Z.split(100))
+    sae = SAE.from_dictionary(world.D, k=2).fit(parts, bar=False, steps=8)
+    assert len(sae.history) == 2
+    SAE.from_dictionary(world.D, k=2).fit(world.Z.half(), bar=False, steps=3)
+
+
+def test_geometric_median_is_better_than_the_mean():
+    X = torch.cat([torch.randn(50, 3, generator=seeded(0)), 100*torch.ones(5, 3)])
+    cost = lambda c: (X - c).norm(dim=1).sum()
+    best = geometric_median(X, 100)
+    assert cost(best) < cost(X.mean(0))
+    for _ in range(20): assert cost(best) <= cost(best + .05*torch.randn(3, generator=seeded(_))) + 1e-3
+
+
+def test_alignment_by_hand():
+    sae = SAE.from_dictionary(torch.eye(3), k=1)
+    sae.W_dec.data[0] = normalize(torch.tensor([1., 2., 0.]), dim=0)
+    cosine, unchanged = alignment(sae, torch.eye(3))
+    assert torch.allclose(cosine, torch.tensor([5**-.5, 1., 1.])) and unchanged.tolist() == [False, True, True]
+
+
+# ---- folding and files
+
+@quick
+@given(seeds, st.sampled_from(['topk', 'l1']))
+def test_fold_is_exact_and_unfold_undoes_it(seed, architecture):
+    sae = randomised(architecture=architecture, seed=seed)
+    x = 3*torch.randn(20, 6, generator=seeded(seed))
+    folded = sae.fold()
+    assert torch.allclose(folded.encode(x), sae.encode(sae.standardise(x)), atol=1e-3, rtol=1e-4)
+    assert torch.allclose(folded(x), sae.unstandardise(sae(sae.standardise(x))), atol=1e-3, rtol=1e-3)
+    for p, q in zip(sae.parameters(), folded.unfold().parameters()): assert torch.allclose(p, q, atol=1e-5)
+    assert folded.fold() is folded and sae.unfold() is sae and not sae.folded
+
+
+@pytest.mark.parametrize('architecture', ['topk', 'l1'])
+def test_save_and_load(world, tmp_path, architecture):
+    sae = SAE.from_dictionary(world.D, k=2, architecture=architecture).fit(world.Z, bar=False, steps=20)
+    back = SAE.load(sae.save(tmp_path/'sae', model_name='demo', hook_name='layer 6'))
+    assert back.folded and torch.allclose(back.encode(world.raw), sae.encode(world.Z), atol=1e-5)
+    assert torch.allclose(back(world.raw), sae.unstandardise(sae(world.Z)), atol=1e-3)
+    assert torch.allclose(back.unfold().W_dec, sae.W_dec, atol=1e-6) and torch.equal(back.concept_index, sae.concept_index)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ['sae']
+    cfg, w = json.loads((tmp_path/'sae/cfg.json').read_text()), load_file(tmp_path/'sae/sae_weights.safetensors')
+    assert cfg['architecture'] == {'topk': 'topk', 'l1': 'standard'}[architecture] and cfg['metadata']['model_name'] == 'demo'
+    assert int(cfg['metadata']['sae_lens_version'].split('.')[0]) >= 6 and set(w) == {'W_enc', 'W_dec', 'b_enc', 'b_dec'}
+    pre = ((world.raw - w['b_dec'])@w['W_enc'] + w['b_enc']).relu() # what SAELens computes
+    if architecture == 'topk':
+        top = pre.topk(cfg['k'])
+        pre = torch.zeros_like(pre).scatter(-1, top.indices, top.values)
+    assert torch.allclose(pre, sae.encode(world.Z), atol=1e-5)
+
+
+def test_options_of_saelens_are_moved_into_the_weights(tmp_path):
+    sae = randomised()
+    folder = sae.save(tmp_path/'a')
+    w, cfg = load_file(folder/'sae_weights.safetensors'), json.loads((folder/'cfg.json').read_text())
+    (folder/'cfg.json').write_text(json.dumps(cfg | {'apply_b_dec_to_input': False, 'rescale_acts_by_decoder_norm': True}))
+    x, norm = torch.randn(9, 6, generator=seeded(1)), w['W_dec'].norm(dim=1)
+    top = ((x@w['W_enc'] + w['b_enc'])*norm).relu().topk(3)
+    code = torch.zeros(9, 10).scatter(-1, top.indices, top.values)
+    back = SAE.load(folder)
+    assert torch.allclose(back.encode(x), code, atol=1e-4)
+    assert torch.allclose(back(x), (code/norm)@w['W_dec'] + w['b_dec'], atol=1e-4)
+
+
+def test_an_sae_without_our_side_file_loads(tmp_path):
+    folder = randomised().save(tmp_path/'a')
+    (folder/'standardisation.safetensors').unlink()
+    back = SAE.load(folder)
+    assert torch.equal(back.unfold().W_enc, back.W_enc)
+
+
+def test_save_never_destroys(tmp_path, monkeypatch):
+    sae = randomised()
+    folder = sae.save(tmp_path/'a')
+    before = {p.name: p.read_bytes() for p in folder.iterdir()}
+    with pytest.raises(FileExistsError, match='overwrite=True'): sae.save(folder)
+    monkeypatch.setattr(module, 'save_file', lambda *a, **k: (_ for _ in ()).throw(OSError('disk full')))
+    with pytest.raises(OSError): sae.save(folder, overwrite=True)
+    assert {p.name: p.read_bytes() for p in folder.iterdir()} == before and len(list(tmp_path.iterdir())) == 1
+    monkeypatch.undo()
+    other = randomised(seed=5)
+    assert torch.allclose(SAE.load(other.save(folder, overwrite=True)).W_enc, other.fold().W_enc) and len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize('name', ['sae_weights.safetensors', 'cfg.json', 'standardisation.safetensors'])
+def test_truncated_files_are_named(tmp_path, name):
+    folder = randomised().save(tmp_path/'a')
+    (folder/name).write_bytes((folder/name).read_bytes()[:-20])
+    with pytest.raises(ValueError, match='damaged'): SAE.load(folder)
+
+
+def test_folders_that_do_not_fit(tmp_path):
+    folder = randomised().save(tmp_path/'a')
+    cfg = json.loads((folder/'cfg.json').read_text())
+    for change, message in (({'architecture': 'gated'}, "'gated'"), ({'d_sae': 11}, 'do not belong together'), ({'normalize_activations': 'layer_norm'}, 'layer_norm')):
+        (folder/'cfg.json').write_text(json.dumps(cfg | change))
+        with pytest.raises(ValueError, match=message): SAE.load(folder)
+    (folder/'cfg.json').unlink()
+    with pytest.raises(FileNotFoundError, match='cfg.json'): SAE.load(folder)
+
+
+# ---- checkpoints
+
+RECIPE = dict(bar=False, steps=30, batch=32, save_every=7, every=10)
+
+def test_resuming_gives_the_same_bits(world, tmp_path):
+    class Stop(Exception): pass
+    def stop(real, after):
+        def step(*a, **k):
+            if (after := stop.left) == 0: raise Stop
+            stop.left = after - 1
+            return real(*a, **k)
+        stop.left = after
+        return step
+    file, real = tmp_path/'run', module._step
+    module._step = stop(real, 17)
+    try:
+        with pytest.raises(Stop): SAE.from_dictionary(world.D, k=2).fit(world.Z, seeded(0), file, **RECIPE)
+    finally: module._step = real
+    assert module._read_file(file)[1]['step'] == 14
+    resumed = SAE.from_dictionary(world.D, k=2).fit(world.Z, seeded(99), file, **RECIPE)
+    straight = SAE.from_dictionary(world.D, k=2).fit(world.Z, seeded(0), **RECIPE)
+    assert all(torch.equal(a, b) for a, b in zip(resumed.parameters(), straight.parameters()))
+    assert resumed.history == straight.history
+    again = SAE.from_dictionary(world.D, k=2).fit(world.Z, seeded(0), file, **RECIPE) # finished: nothing left to do
+    assert all(torch.equal(a, b) for a, b in zip(again.parameters(), straight.parameters())) and again.history[-1]['step'] == 30
+
+
+@pytest.mark.parametrize('change', [dict(k=3), dict(architecture='l1'), dict(d_sae=20)])
+def test_a_checkpoint_of_another_architecture(world, tmp_path, change):
+    SAE.from_dictionary(world.D, k=2).fit(world.Z, None, tmp_path/'run', **RECIPE)
+    other = SAE.from_dictionary(world.D, **{'k': 2} | change)
+    with pytest.raises(ValueError, match=f'{next(iter(change))} = .* there, .* here'): other.fit(world.Z, None, tmp_path/'run', **RECIPE)
+
+
+@pytest.mark.parametrize('content', [b'', b'hello', None])
+def test_a_damaged_checkpoint(world, tmp_path, content):
+    file = tmp_path/'run'
+    SAE.from_dictionary(world.D, k=2).fit(world.Z, None, file, **RECIPE)
+    file.write_bytes(file.read_bytes()[:-100] if content is None else content)
+    with pytest.raises(ValueError, match='run is no checkpoint, or it is damaged'): SAE.from_dictionary(world.D, k=2).fit(world.Z, None, file, **RECIPE)
+
+
+def test_a_foreign_safetensors_file_is_no_checkpoint(world, tmp_path):
+    save_file({'x': torch.zeros(1)}, tmp_path/'run')
+    with pytest.raises(ValueError, match='no checkpoint'): SAE.from_dictionary(world.D, k=2).fit(world.Z, None, tmp_path/'run', **RECIPE)
+
+
+KILLED = '''
+import sys, torch
+from daco_nb.sae import SAE
+torch.set_num_threads(1)
+g = torch.Generator().manual_seed(0)
+Z = torch.randn(400, 12, generator=g)
+SAE.random(12, 24, k=2, generator=g).fit(Z, g, sys.argv[1], bar=False, steps=int(sys.argv[2]), batch=32, save_every=1, every=100, warmup=0, decay=0)
+'''
+
+def test_kill_9_then_resume(tmp_path):
+    "A process is killed while it writes checkpoints as fast as it can; the file is whole, and going on gives the same bits."
+    file, steps = tmp_path/'run', 1500
+    process = subprocess.Popen([sys.executable, '-c', KILLED, str(file), str(steps)], env=os.environ | {'OMP_NUM_THREADS': '1'})
+    deadline = time.time() + 240
+    while not (file.exists() and module._read_file(file)[1]['step'] >= 5):
+        assert process.poll() is None and time.time() < deadline
+        time.sleep(.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert 5 <= module._read_file(file)[1]['step'] < steps
+    def run(checkpoint):
+        Z = torch.randn(400, 12, generator=(g := seeded(0)))
+        recipe = dict(bar=False, steps=steps, batch=32, save_every=500, every=100, warmup=0, decay=0)
+        return SAE.random(12, 24, k=2, generator=g).fit(Z, g, checkpoint, **recipe)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try: resumed, straight = run(file), run(None)
+    finally: torch.set_num_threads(threads)
+    assert all(torch.equal(a, b) for a, b in zip(resumed.parameters(), straight.parameters()))
+
+
+# ---- bad input
+
+bad = [
+    (lambda w: SAE(4, 8, 9), 'k = 9'),
+    (lambda w: SAE(4, 8, 0), 'k = 0'),
+    (lambda w: SAE(4, 8, 2, 'gated'), "'gated'"),
+    (lambda w: SAE(4, 8, 2).encode(torch.zeros(1, 5)), 'width 5'),
+    (lambda w: SAE.from_dictionary(torch.eye(4)*torch.nan, k=1), r'rows \[0, 1, 2, 3\] are zero or have NaN'),
+    (lambda w: SAE.from_dictionary(torch.cat([torch.eye(4), torch.zeros(1, 4)]), k=1), r'rows \[4\]'),
+    (lambda w: SAE.from_dictionary(w.D, 100, k=2), 'pass data'),
+    (lambda w: SAE.from_dictionary(w.D, 100, k=2, data=w.Z[:5]), 'at least 76 .* got 5'),
+    (lambda w: SAE.from_dictionary(w.D, 100, k=2, extra='zeros'), "'zeros'"),
+    (lambda w: SAE.from_dictionary(w.D, 0, k=2), 'k = 2'),
+    (lambda w: SAE.from_dictionary(SimpleNamespace(vectors=torch.eye(2), mean=torch.zeros(2), std=torch.tensor([1., 0.])), k=1), r'std is not positive in dimensions \[1\]'),
+    (lambda w: SAE.random(12, 24, k=2).fit(w.Z[:, :5], bar=False), 'width 5'),
+    (lambda w: SAE.random(12, 24, k=2).fit(w.Z[0], bar=False), 'matrix'),
+    (lambda w: SAE.random(12, 24, k=2).fit(w.Z/0, bar=False), 'NaN or infinity'),
+    (lambda w: SAE.random(12, 24, k=2).fit(iter([w.Z]), bar=False), 'only once'),
+    (lambda w: SAE.random(12, 24, k=2).fit([w.Z], bar=False), 'two batches'),
+    (lambda w: SAE.random(12, 24, k=2).fit([], bar=False), 'two batches'),
+    (lambda w: SAE.random(12, 24, k=2).fit(w.Z, bar=False, rate=1), 'Unknown setting rate'),
+    (lambda w: SAE.random(12, 24, k=2).fit(w.Z, bar=False, centre='mode'), "'mode'"),
+    (lambda w: SAE.random(12, 24, k=2).fold().fit(w.Z, bar=False), 'folded'),
+    (lambda w: alignment(SAE.random(12, 24, k=2), w.D.vectors), 'No atom'),
+    (lambda w: alignment(SAE.from_dictionary(w.D, k=2), w.D.vectors[:3]), 'another one'),
+]
+
+@pytest.mark.parametrize('call,message', bad)
+def test_bad_input_names_the_value_and_the_remedy(world, call, message):
+    with pytest.raises(ValueError, match=message): call(world)
+
+
+def test_a_diverging_run_stops(world):
+    sae = SAE.random(12, 24, k=2)
+    with pytest.raises(ValueError, match='lower lr'): sae.fit(world.Z, bar=False, steps=60, every=10, lr=float('inf'))
+
+
+def test_evaluate(world):
+    sae = SAE.from_dictionary(world.D, k=2)
+    got = evaluate_sae(sae, world.Z)
+    assert got['fve'] == fve(world.Z, sae(world.Z).detach()) and got['l0'] <= 2
