@@ -6,7 +6,7 @@
 __all__ = ['LABELS', 'VERSION', 'read_table', 'load_labels', 'merge_labels', 'labelled_rows', 'centroids', 'Atoms',
            'nearest_distance', 'check_eta', 'mark', 'annotate', 'relabel', 'save_atoms', 'load_atoms']
 
-# %% ../nbs/07_annotation.ipynb #bc5b087e
+# %% ../nbs/07_annotation.ipynb #0f47438a
 import csv, json
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,6 +16,8 @@ from safetensors.torch import load_file, save_file
 from sklearn.cluster import KMeans
 from torch.nn.functional import normalize
 
+from .dictionary import load_dictionary
+from .sae import SAE
 from .demo import ASSETS, atomic_folder
 
 # %% ../nbs/07_annotation.ipynb #8e47a476

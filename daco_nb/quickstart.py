@@ -23,7 +23,7 @@ from .sae import SAE
 from .steering import Kit, load_kit, make_methods, save_kit
 from .stimuli import DemoCorpus, load_concepts, load_stimuli
 
-# %% ../nbs/14_quickstart.ipynb #7c1e7d8f
+# %% ../nbs/14_quickstart.ipynb #b234cd1d
 def sae_data(
     D: ConceptDictionary, # of one layer
     *stores               # activation stores that have this layer
@@ -40,7 +40,7 @@ def fit_sae(
 ) -> SAE:
     "An autoencoder that starts from the dictionary."
     g = torch.Generator().manual_seed(seed)
-    return SAE.from_dictionary(D, k=k, generator=g).fit(Z, generator=g, steps=steps, batch=256)
+    return SAE.from_dictionary(D, k=k, generator=g).fit(Z, generator=g, steps=steps, batch=256, lr=3e-3)
 
 def read_refusal(
     mllm: MLLM, # model

@@ -160,7 +160,7 @@ class DACO:
         if self.gate.D.layer >= self.D.layer: raise ValueError(f'The gate reads layer {self.gate.D.layer}, but must read before layer {self.D.layer}, where DACO writes')
         return {self.gate.D.layer: look, self.D.layer: write}
 
-# %% ../nbs/08_steering.ipynb #f421c05c
+# %% ../nbs/08_steering.ipynb #0128aec4
 @dataclass
 class Kit:
     "Dictionaries and autoencoders of the layer that is read and of the layer that is written."
@@ -191,7 +191,7 @@ def save_kit(
     "Write the two dictionaries and autoencoders into a folder."
     for at in ('read', 'write'):
         save_dictionary(getattr(kit, f'D_{at}'), Path(folder)/f'dictionary_{at}')
-        getattr(kit, f'sae_{at}').save(Path(folder)/f'sae_{at}')
+        getattr(kit, f'sae_{at}').save(Path(folder)/f'sae_{at}', overwrite=True)
 
 # %% ../nbs/08_steering.ipynb #e566b53d
 SETTINGS = dict(act_strength=1., mop_strength=1., mop_k=16, paper_eta=.5, paper_gamma=1., eta=.6, gamma=4., threshold=.2) # before tuning

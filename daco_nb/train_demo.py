@@ -324,12 +324,12 @@ def which_of_four(s, rng):
     q = rng.choice(['Which of these is in the picture: {}?', 'Which one do you see: {}?', 'Choose what is shown: {}.'])
     return q.format(', '.join(names[:3]) + ' or ' + names[3]), article(f'a {d.name}').capitalize() + '.'
 
-# %% ../nbs/12_train_demo.ipynb #895d6e92
+# %% ../nbs/12_train_demo.ipynb #be9d8fd1
 def conversation(
     s: Scene,            # what the picture shows
     rng: random.Random,  # choices
     answers: dict,       # drawing name -> rows of `ask_smollm2`
-    turns: int = 3       # questions about the picture
+    turns: int = 2       # questions about the picture
 ) -> list[tuple[str, str]]: # (question, answer) pairs
     "Questions about one scene in random order; open ones where SmolLM2 answered about that drawing."
     pairs = [rng.choice((naming, naming, yes_no, which_of_four))(s, rng) for _ in range(turns)]
@@ -342,14 +342,15 @@ def conversation(
 def tokenize(
     processor,      # of the demo LLaVA
     pairs,          # (question, answer) pairs
-    image: bool     # whether a picture comes first
+    image: bool,    # whether a picture comes first
+    longest: int = 18 # tokens kept of an answer: long ones teach how to begin
 ) -> tuple[list[int], list[bool]]: # token ids; which of them are answers to learn
     "A conversation in the chat format, with a mask over the assistant's words."
     tok, ids, learn = processor.tokenizer, [], []
     for k, (q, a) in enumerate(pairs):
         picture = processor.image_token*GRID**2 + '\n' if image and k == 0 else ''
         asked = tok(f'<|im_start|>user\n{picture}{q}<|im_end|>\n<|im_start|>assistant\n', add_special_tokens=False)['input_ids']
-        said = tok(f'{a}<|im_end|>', add_special_tokens=False)['input_ids']
+        said = tok(f'{a}<|im_end|>', add_special_tokens=False)['input_ids'][:longest]
         ids += asked + said + tok('\n', add_special_tokens=False)['input_ids']
         learn += [False]*len(asked) + [True]*len(said) + [False]
     return ids, learn
@@ -403,14 +404,14 @@ def lora_state(
             out[f'{short}.B'] = (m.lora_B['default'].weight.detach()*m.scaling['default']).half().contiguous()
     return out
 
-# %% ../nbs/12_train_demo.ipynb #04dd6b37
+# %% ../nbs/12_train_demo.ipynb #29be69bd
 def train_lora(
     eye: dict,          # tower and projector, as `build_llava` takes them
     rows: list,         # from `ask_smollm2`
     path: Path,         # checkpoint, resumed if it exists
     steps: int = 150,   # optimiser steps
-    batch: int = 16,    # conversations per step
-    lr: float = 1e-3,   # peak learning rate of LoRA; the projector gets a tenth
+    batch: int = 8,     # conversations per step
+    lr: float = 1e-3,   # peak learning rate of LoRA; the projector gets a quarter
     r: int = 8,         # rank
     seed: int = 3       # of scenes and conversations
 ): # (projector state, LoRA state)
@@ -421,7 +422,7 @@ def train_lora(
     model = get_peft_model(llava, LoraConfig(r=r, lora_alpha=2*r, target_modules=r'.*language_model.*\.(q|k|v|o)_proj')).base_model.model
     projector = model.model.multi_modal_projector.requires_grad_(True)
     low = [p for n, p in model.named_parameters() if 'lora_' in n]
-    opt, done = torch.optim.AdamW([dict(params=low, lr=lr), dict(params=list(projector.parameters()), lr=lr/10)], weight_decay=0.), 0
+    opt, done = torch.optim.AdamW([dict(params=low, lr=lr), dict(params=list(projector.parameters()), lr=lr/4)], weight_decay=0.), 0
     rate = torch.optim.lr_scheduler.LambdaLR(opt, lambda t: min(1, (t + 1)/10)*(.05 + .475*(1 + math.cos(math.pi*min(1, t/steps)))))
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
     if path.exists():
