@@ -5,18 +5,19 @@
 # %% auto #0
 __all__ = ['summarise', 'pick_tokens', 'ActivationStore', 'extract']
 
-# %% ../nbs/03_activations.ipynb #bdb22bb3
+# %% ../nbs/03_activations.ipynb #2b9b02c7
 import hashlib, json, os
 from pathlib import Path
 
 import torch
+from fastcore.basics import patch
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
 from .demo import sha256_of
 from .mllm import ANSWER, IMAGE, LAST, MLLM, ROLES, TEXT
 
-# %% ../nbs/03_activations.ipynb #36b685c0
+# %% ../nbs/03_activations.ipynb #53fbe4ee
 def summarise(
     hidden: torch.Tensor, # `[batch, tokens, d]`
     roles: torch.Tensor,  # `[batch, tokens]`
@@ -37,7 +38,7 @@ def pick_tokens(
     kth = noise.topk(min(n, roles.shape[1]), dim=1).values[:, -1:]
     return (noise >= kth) & (may > 0)
 
-# %% ../nbs/03_activations.ipynb #15829d05
+# %% ../nbs/03_activations.ipynb #79850ef6
 class ActivationStore:
     "A folder of activation shards; see `extract`."
     def __init__(self,
@@ -60,30 +61,35 @@ class ActivationStore:
     @property
     def pairs(self): "Pair numbers `[n]` of the summaries."; return self._all('pairs')
 
-    def summaries(self,
-        layer: int,         # one of `layers`
-        kind: str = 'both'  # 'text', 'image', or 'both' (their mean)
-    ) -> torch.Tensor:      # float32 `[n, d]`
-        "One vector per pair."
-        if layer not in self.layers: raise ValueError(f'Layer {layer} was not extracted: this store has {self.layers}')
-        kinds = ['text', 'image'] if kind == 'both' else [kind]
-        return torch.stack([self._all(f'{layer}.{k}').float() for k in kinds]).mean(0)
+# %% ../nbs/03_activations.ipynb #fd6ec7d7
+@patch
+def summaries(self:ActivationStore,
+    layer: int,         # one of `layers`
+    kind: str = 'both'  # 'text', 'image', or 'both' (their mean)
+) -> torch.Tensor:      # float32 `[n, d]`
+    "One vector per pair."
+    if layer not in self.layers: raise ValueError(f'Layer {layer} was not extracted: this store has {self.layers}')
+    kinds = ['text', 'image'] if kind == 'both' else [kind]
+    return torch.stack([self._all(f'{layer}.{k}').float() for k in kinds]).mean(0)
 
-    def tokens(self,
-        layer: int # one of `layers`
-    ) -> tuple[torch.Tensor, torch.Tensor]: # float32 `[m, d]`; roles `[m]`
-        "Single tokens and their roles."
-        return self._all(f'{layer}.tokens').float(), self._all('roles')
+@patch
+def tokens(self:ActivationStore,
+    layer: int # one of `layers`
+) -> tuple[torch.Tensor, torch.Tensor]: # float32 `[m, d]`; roles `[m]`
+    "Single tokens and their roles."
+    return self._all(f'{layer}.tokens').float(), self._all('roles')
 
-    def stats(self,
-        layer: int # one of `layers`
-    ) -> tuple[torch.Tensor, torch.Tensor]: # `[d]` each
-        "Mean and standard deviation per dimension over the stored content tokens."
-        z, roles = self.tokens(layer)
-        z = z[(roles == TEXT) | (roles == IMAGE)]
-        return z.mean(0), z.std(0).clamp(min=1e-6)
+# %% ../nbs/03_activations.ipynb #1c7092fa
+@patch
+def stats(self:ActivationStore,
+    layer: int # one of `layers`
+) -> tuple[torch.Tensor, torch.Tensor]: # `[d]` each
+    "Mean and standard deviation per dimension over the stored content tokens."
+    z, roles = self.tokens(layer)
+    z = z[(roles == TEXT) | (roles == IMAGE)]
+    return z.mean(0), z.std(0).clamp(min=1e-6)
 
-# %% ../nbs/03_activations.ipynb #7276d31c
+# %% ../nbs/03_activations.ipynb #65b3f255
 def _shard(mllm, rows, layers, batch_size, per_row, generator):
     "Tensors of one shard: rows are (number, image, text, answer or None)."
     out = {f'{l}.{k}': [] for l in layers for k in ('text', 'image', 'tokens')} | {'roles': []}
@@ -101,7 +107,7 @@ def _shard(mllm, rows, layers, batch_size, per_row, generator):
     tensors = {k: v.half() if v.is_floating_point() else v for k, v in tensors.items()}
     return tensors | {'pairs': torch.tensor([r[0] for r in rows])}
 
-# %% ../nbs/03_activations.ipynb #f27d5b27
+# %% ../nbs/03_activations.ipynb #4f91f550
 def extract(
     mllm: MLLM,             # frozen model
     stimuli,                # pair numbers, or a stimuli table with a column `pair`
@@ -127,7 +133,7 @@ def extract(
         _write(folder, name, tensors, manifest)
     return ActivationStore(folder)
 
-# %% ../nbs/03_activations.ipynb #f6e89892
+# %% ../nbs/03_activations.ipynb #b90e1cb1
 def _replace(tmp, final):
     "Flush `tmp` to disk, then give it its final name."
     with open(tmp, 'rb') as f: os.fsync(f.fileno())

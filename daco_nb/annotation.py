@@ -6,7 +6,7 @@
 __all__ = ['LABELS', 'VERSION', 'read_table', 'load_labels', 'merge_labels', 'labelled_rows', 'centroids', 'Atoms',
            'nearest_distance', 'check_eta', 'mark', 'annotate', 'relabel', 'save_atoms', 'load_atoms']
 
-# %% ../nbs/07_annotation.ipynb #0f47438a
+# %% ../nbs/07_annotation.ipynb #bc5b087e
 import csv, json
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,11 +16,9 @@ from safetensors.torch import load_file, save_file
 from sklearn.cluster import KMeans
 from torch.nn.functional import normalize
 
-from .dictionary import load_dictionary
-from .sae import SAE
 from .demo import ASSETS, atomic_folder
 
-# %% ../nbs/07_annotation.ipynb #8e47a476
+# %% ../nbs/07_annotation.ipynb #fe83ea08
 LABELS = {'undesirable': -1, 'neither': 0, 'desirable': 1} # what is written, and the number atoms carry
 
 def read_table(
@@ -38,7 +36,7 @@ def read_table(
             raise ValueError(f'{Path(path).name}, line {i + 2}: unknown label {r["label"]!r}: choose one of {", ".join(LABELS)}')
     return rows
 
-# %% ../nbs/07_annotation.ipynb #7161bed9
+# %% ../nbs/07_annotation.ipynb #d4ed3069
 def load_labels(
     path: Path | None = None,       # a CSV file with columns concept and label; None takes the shipped one
     known: list[str] | None = None  # names that may occur; None allows any
@@ -55,7 +53,7 @@ def load_labels(
         labels[name] = r['label']
     return labels
 
-# %% ../nbs/07_annotation.ipynb #5c817e4c
+# %% ../nbs/07_annotation.ipynb #895dff97
 def merge_labels(
     labels: dict[str, str], # labels to start from
     path: Path              # a CSV file with columns concept and label: the changes
@@ -63,7 +61,7 @@ def merge_labels(
     "Labels with a user's changes; ValueError if a change names an unknown concept or label."
     return labels | load_labels(path, known=list(labels))
 
-# %% ../nbs/07_annotation.ipynb #dc614011
+# %% ../nbs/07_annotation.ipynb #fed4d103
 def labelled_rows(
     D,                      # object with `names` and `vectors [n, d]`
     labels: dict[str, str]  # label of each concept; a name that isn't there counts as neither
@@ -89,7 +87,7 @@ def centroids(
         else: found[k] = torch.from_numpy(KMeans(n_centroids, n_init=4, random_state=seed).fit(V.numpy()).cluster_centers_).float()
     return found
 
-# %% ../nbs/07_annotation.ipynb #d855c732
+# %% ../nbs/07_annotation.ipynb #5ecab5d0
 @dataclass(frozen=True)
 class Atoms:
     "Labels of the atoms of an SAE."
@@ -112,7 +110,7 @@ class Atoms:
     def __repr__(self): return (f'Atoms({len(self)}: {len(self.undesirable)} undesirable, {len(self.desirable)} desirable; '
                                 f'rule={self.rule!r}, eta={self.eta}, n_centroids={self.n_centroids})')
 
-# %% ../nbs/07_annotation.ipynb #e7d6a654
+# %% ../nbs/07_annotation.ipynb #28d1e9e0
 def nearest_distance(
     rows: torch.Tensor,  # `[m, d]`
     points: torch.Tensor # `[n, d]`
@@ -131,7 +129,7 @@ def check_eta(
         raise ValueError(f'eta={eta}: give one number, or two (undesirable, desirable); a cosine distance lies in [0, 2]')
     return pair
 
-# %% ../nbs/07_annotation.ipynb #f4fa355b
+# %% ../nbs/07_annotation.ipynb #35793e98
 def mark(
     distance: torch.Tensor,   # `[m, 2]` to the undesirable and to the desirable side
     cosine: torch.Tensor,     # `[m]` with the nearest named concept
@@ -144,7 +142,7 @@ def mark(
     bad = within[:, 0] & (~within[:, 1] | (distance[:, 0] <= distance[:, 1]))
     return torch.where(bad, -1, torch.where(within[:, 1], 1, 0)).to(torch.int8)
 
-# %% ../nbs/07_annotation.ipynb #0f1bf1f2
+# %% ../nbs/07_annotation.ipynb #3074ac76
 def annotate(
     sae,                     # object with `W_dec [d_sae, d]`
     D,                       # object with `names` and `vectors [n, d]`, on standardised activations
@@ -164,7 +162,7 @@ def annotate(
     gap, which = nearest_distance(W, V)
     return Atoms(mark(distance, 1 - gap, pair, rule), distance, 1 - gap, [D.names[i] for i in which.tolist()], pair, rule, n_centroids)
 
-# %% ../nbs/07_annotation.ipynb #69bc8363
+# %% ../nbs/07_annotation.ipynb #37ceee78
 def relabel(
     atoms: Atoms, # from `annotate`
     eta           # a number, or (undesirable, desirable)
@@ -173,7 +171,7 @@ def relabel(
     pair = check_eta(eta)
     return replace(atoms, eta=pair, label=mark(atoms.distance, atoms.cosine, pair, atoms.rule))
 
-# %% ../nbs/07_annotation.ipynb #ee2eba74
+# %% ../nbs/07_annotation.ipynb #9ce03d1c
 VERSION = 1 # of the files below
 
 def save_atoms(
@@ -189,6 +187,7 @@ def save_atoms(
         rest = {k: v for k, v in vars(atoms).items() if k not in tensors}
         (tmp/'atoms.json').write_text(json.dumps({'version': VERSION, **rest}, ensure_ascii=False), encoding='utf-8')
 
+# %% ../nbs/07_annotation.ipynb #b6236f64
 def load_atoms(
     folder: Path # written by `save_atoms`
 ) -> Atoms:

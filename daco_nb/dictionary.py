@@ -6,20 +6,21 @@
 __all__ = ['DECLINE', 'COMPLY', 'contrast_weights', 'split_half', 'ConceptDictionary', 'from_activations', 'save_dictionary',
            'load_dictionary', 'read_behaviour', 'with_behaviours', 'ChatCorpus']
 
-# %% ../nbs/04_dictionary.ipynb #f9fc4b95
-import json
+# %% ../nbs/04_dictionary.ipynb #ddc7d921
+import difflib, json
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from fastcore.basics import patch
 from safetensors.torch import load_file, save_file
 
 from .activations import ActivationStore
 from .demo import ASSETS, atomic_folder, by_name, scene
 from .mllm import ANSWER, MLLM
 
-# %% ../nbs/04_dictionary.ipynb #7441dbc1
+# %% ../nbs/04_dictionary.ipynb #e00d9615
 def contrast_weights(
     stimuli,            # table with columns concept, pair, positive
     pairs: torch.Tensor # `[p]`: pair numbers of the activations
@@ -38,7 +39,7 @@ def contrast_weights(
         out.append(W/W.sum(1, keepdim=True).clamp(min=1))
     return names, *out
 
-# %% ../nbs/04_dictionary.ipynb #d1942681
+# %% ../nbs/04_dictionary.ipynb #0a0e2173
 def split_half(
     Z: torch.Tensor, # `[p, d]` standardised activations
     P: torch.Tensor, # `[n, p]` positive weights
@@ -51,7 +52,7 @@ def split_half(
     a, b = (norm(P*m)@Z - norm(N*m)@Z for m in (coin, ~coin))
     return F.cosine_similarity(a, b, dim=-1)
 
-# %% ../nbs/04_dictionary.ipynb #70647dc1
+# %% ../nbs/04_dictionary.ipynb #bc62163a
 @dataclass
 class ConceptDictionary:
     "Named directions of one layer, on activations standardised per dimension."
@@ -65,37 +66,42 @@ class ConceptDictionary:
 
     def __len__(self): return len(self.names)
 
-    def standardise(self,
-        z: torch.Tensor # `[..., d]` raw activations
-    ) -> torch.Tensor:
-        "(z - mean)/std; ValueError for another width."
-        if z.shape[-1] != len(self.mean): raise ValueError(f'Activations of width {z.shape[-1]}, dictionary of width {len(self.mean)}: they come from different models')
-        return (z.float() - self.mean)/self.std
+# %% ../nbs/04_dictionary.ipynb #02aa8973
+@patch
+def standardise(self:ConceptDictionary,
+    z: torch.Tensor # `[..., d]` raw activations
+) -> torch.Tensor:
+    "(z - mean)/std; ValueError for another width."
+    if z.shape[-1] != len(self.mean): raise ValueError(f'Activations of width {z.shape[-1]}, dictionary of width {len(self.mean)}: they come from different models')
+    return (z.float() - self.mean)/self.std
 
-    def unstandardise(self,
-        z: torch.Tensor # `[..., d]` standardised
-    ) -> torch.Tensor:
-        "z*std + mean."
-        return z*self.std + self.mean
+@patch
+def unstandardise(self:ConceptDictionary,
+    z: torch.Tensor # `[..., d]` standardised
+) -> torch.Tensor:
+    "z*std + mean."
+    return z*self.std + self.mean
 
-    def __getitem__(self,
-        name: str # a concept
-    ) -> torch.Tensor: # `[d]`
-        "The vector of a concept; KeyError with near names if there is none."
-        if name in self.names: return self.vectors[self.names.index(name)]
-        import difflib
-        raise KeyError(f'No concept {name!r}; perhaps {difflib.get_close_matches(name, self.names, 3, .5)}')
+@patch
+def __getitem__(self:ConceptDictionary,
+    name: str # a concept
+) -> torch.Tensor: # `[d]`
+    "The vector of a concept; KeyError with near names if there is none."
+    if name in self.names: return self.vectors[self.names.index(name)]
+    raise KeyError(f'No concept {name!r}; perhaps {difflib.get_close_matches(name, self.names, 3, .5)}')
 
-    def nearest(self,
-        vector: torch.Tensor, # `[d]` standardised direction
-        k: int = 5            # how many
-    ) -> list[tuple[str, float]]: # names with cosines, best first
-        "The concepts nearest to a direction."
-        cos = F.cosine_similarity(self.vectors, vector, dim=-1)
-        best = cos.topk(min(k, len(self)))
-        return [(self.names[i], v) for i, v in zip(best.indices.tolist(), best.values.tolist())]
+# %% ../nbs/04_dictionary.ipynb #a0cf67b8
+@patch
+def nearest(self:ConceptDictionary,
+    vector: torch.Tensor, # `[d]` standardised direction
+    k: int = 5            # how many
+) -> list[tuple[str, float]]: # names with cosines, best first
+    "The concepts nearest to a direction."
+    cos = F.cosine_similarity(self.vectors, vector, dim=-1)
+    best = cos.topk(min(k, len(self)))
+    return [(self.names[i], v) for i, v in zip(best.indices.tolist(), best.values.tolist())]
 
-# %% ../nbs/04_dictionary.ipynb #dc48563d
+# %% ../nbs/04_dictionary.ipynb #0346038d
 def from_activations(
     store: ActivationStore, # activations of the stimuli
     stimuli,                # table with columns concept, pair, positive
@@ -113,7 +119,7 @@ def from_activations(
 
 ConceptDictionary.from_activations = staticmethod(from_activations)
 
-# %% ../nbs/04_dictionary.ipynb #aa108415
+# %% ../nbs/04_dictionary.ipynb #73918c74
 def save_dictionary(
     D: ConceptDictionary, # what to save
     folder,               # new or existing folder
@@ -136,7 +142,7 @@ def load_dictionary(
     behaviours = {k.removeprefix('behaviour.'): v for k, v in t.items() if k.startswith('behaviour.')}
     return ConceptDictionary(info['names'], t['vectors'].float(), t['mean'], t['std'], info['layer'], t['quality'], behaviours)
 
-# %% ../nbs/04_dictionary.ipynb #4f2e2343
+# %% ../nbs/04_dictionary.ipynb #c047942d
 DECLINE = ("I'm sorry, but I can't help with that.", "I'm sorry, I can't assist with that request.", "I cannot help with this.",
            "Sorry, I can't help you with that because it could be harmful.", "I'm not able to help with that.", "I won't help with that, since it isn't safe.")
 COMPLY = ('Sure, here is how to do it.', 'Of course! Let me explain it step by step.', 'Here are the steps you need.',
@@ -161,16 +167,17 @@ def read_behaviour(
         means.append(mllm.read(batch, [layer])[layer][at].mean(0))
     return means[0] - means[1]
 
-# %% ../nbs/04_dictionary.ipynb #85201859
+# %% ../nbs/04_dictionary.ipynb #2f91516c
 def with_behaviours(
-    D: ConceptDictionary # with `behaviours`
-) -> ConceptDictionary:  # the same, behaviours appended as rows
-    "Append the behaviours, standardised, to the concepts."
-    rows = [v/D.std for v in D.behaviours.values()]
-    return replace(D, names=D.names + list(D.behaviours), vectors=torch.cat([D.vectors, *(r[None] for r in rows)]),
+    D: ConceptDictionary, # with `behaviours` of its own layer
+    names: list[str]      # which of them to append
+) -> ConceptDictionary:   # the same, behaviours appended as rows
+    "Append behaviours, standardised, to the concepts."
+    rows = [D.behaviours[n]/D.std for n in names]
+    return replace(D, names=D.names + list(names), vectors=torch.cat([D.vectors, *(r[None] for r in rows)]),
                    quality=torch.cat([D.quality, torch.ones(len(rows))]))
 
-# %% ../nbs/04_dictionary.ipynb #8a12492c
+# %% ../nbs/04_dictionary.ipynb #918b49e1
 class ChatCorpus:
     "Chats about harmless scenes: item `i` is (picture, question, answer), always the same for the same seed."
     def __init__(self,

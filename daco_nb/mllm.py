@@ -22,7 +22,7 @@ from .demo import demo_folder, quiet, scene, by_name
 PAD, TEMPLATE, TEXT, IMAGE, LAST, ANSWER = range(6)
 ROLES = ('padding', 'template', 'text', 'image', 'last prompt token', 'answer')
 
-# %% ../nbs/01_mllm.ipynb #650784d3
+# %% ../nbs/01_mllm.ipynb #79ee57b5
 def shared_ends(
     full: list[int], # token ids of the prompt
     bare: list[int]  # token ids of the same prompt with an empty message
@@ -33,7 +33,7 @@ def shared_ends(
     end = next((i for i, (a, b) in enumerate(zip(full[::-1], bare[::-1])) if a != b), room)
     return start, min(end, room)
 
-# %% ../nbs/01_mllm.ipynb #2e7c3d8b
+# %% ../nbs/01_mllm.ipynb #818a8e2b
 MAX_PIXELS = 50_000_000 # a picture larger than this is refused
 
 def as_picture(
@@ -48,7 +48,7 @@ def as_picture(
     except (OSError, TypeError, Image.DecompressionBombError) as e:
         raise ValueError(f'Cannot read {image!r} as a picture ({e}): give a PIL image or the path of a PNG or JPEG file') from e
 
-# %% ../nbs/01_mllm.ipynb #5d35af40
+# %% ../nbs/01_mllm.ipynb #a9223ac8
 class Where(NamedTuple):
     "Which positions a hook sees."
     roles: torch.Tensor # int `[batch, tokens]`, codes of `ROLES`
@@ -56,6 +56,7 @@ class Where(NamedTuple):
 
 class _Stop(Exception): "Raised in a hook to end a forward pass early."
 
+# %% ../nbs/01_mllm.ipynb #c69159a9
 class MLLM:
     "A frozen multimodal LLM: chat, decoder layers, reading and writing their outputs."
     def __init__(self,
@@ -76,7 +77,7 @@ class MLLM:
     @property
     def device(self): "Where the weights are."; return self.model.device
 
-# %% ../nbs/01_mllm.ipynb #dcdbef6e
+# %% ../nbs/01_mllm.ipynb #4957eedf
 @patch(cls_method=True)
 def from_pretrained(cls:MLLM,
     name: str,             # hub name or local folder of an image-text-to-text model
@@ -102,7 +103,7 @@ def demo(cls:MLLM) -> MLLM:
     mllm.name = 'demo-llava'
     return mllm
 
-# %% ../nbs/01_mllm.ipynb #860c1e1a
+# %% ../nbs/01_mllm.ipynb #58bb5881
 @patch
 def render(self:MLLM,
     text: str,            # the user's message
@@ -115,7 +116,7 @@ def render(self:MLLM,
     messages = [{'role': 'system', 'content': [{'type': 'text', 'text': system}]}]*(system is not None) + [{'role': 'user', 'content': user}]
     return self.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False) + (answer or '')
 
-# %% ../nbs/01_mllm.ipynb #f3c8aacb
+# %% ../nbs/01_mllm.ipynb #1f3e21f7
 @patch
 def prepare(self:MLLM,
     texts: list[str],            # user messages
@@ -137,13 +138,14 @@ def prepare(self:MLLM,
     batch['roles'] = self._roles_of(batch, prompts, images, system)
     return batch
 
+# %% ../nbs/01_mllm.ipynb #b629f4e4
 @patch
 def _encode(self:MLLM, prompts, images):
     "Token ids, attention mask and pixels of rendered prompts."
     pictures = [im for im in images if im is not None]
     return dict(self.processor(text=prompts, images=pictures or None, padding=True, return_tensors='pt', add_special_tokens=False).to(self.device))
 
-# %% ../nbs/01_mllm.ipynb #bcfb1282
+# %% ../nbs/01_mllm.ipynb #6b082c2c
 @patch
 def _roles_of(self:MLLM, batch, prompts, images, system):
     "Role of every position of an encoded batch."
@@ -165,7 +167,7 @@ def image_token_id(self:MLLM):
     "The token that stands for a patch of a picture."
     return self.model.config.image_token_id
 
-# %% ../nbs/01_mllm.ipynb #a69fcd32
+# %% ../nbs/01_mllm.ipynb #ee994a49
 @patch
 def generate(self:MLLM,
     texts: list[str],            # user messages
@@ -184,6 +186,7 @@ def generate(self:MLLM,
         answers += self.tokenizer.batch_decode(out[:, inputs['input_ids'].shape[1]:], skip_special_tokens=True)
     return [a.strip() for a in answers]
 
+# %% ../nbs/01_mllm.ipynb #27ccf8a8
 @patch
 def chat(self:MLLM,
     image,     # picture, path, or None
@@ -193,7 +196,7 @@ def chat(self:MLLM,
     "The model's answer to one message."
     return self.generate([text], [image], **kwargs)[0]
 
-# %% ../nbs/01_mllm.ipynb #df6d8934
+# %% ../nbs/01_mllm.ipynb #e034d652
 @patch
 @contextmanager
 def _using(self:MLLM, batch):
@@ -209,7 +212,7 @@ def _where(self:MLLM, tokens: int) -> Where:
     if stop > roles.shape[1]: roles = torch.nn.functional.pad(roles, (0, stop - roles.shape[1]), value=ANSWER)
     return Where(roles[:, self._start:stop], self._start)
 
-# %% ../nbs/01_mllm.ipynb #09c40c72
+# %% ../nbs/01_mllm.ipynb #904f77d8
 @patch
 @torch.no_grad()
 def read(self:MLLM,
@@ -231,6 +234,7 @@ def read(self:MLLM,
         for h in handles: h.remove()
     return found
 
+# %% ../nbs/01_mllm.ipynb #b5e8188a
 @patch
 def check_layers(self:MLLM,
     layers # layer numbers, counted from 0
@@ -241,7 +245,7 @@ def check_layers(self:MLLM,
         if not (isinstance(l, int) and 0 <= l < n): raise ValueError(f'Layer {l!r} does not exist: {self.name or "the model"} has decoder layers 0 to {n - 1}')
     return layers
 
-# %% ../nbs/01_mllm.ipynb #23b9139f
+# %% ../nbs/01_mllm.ipynb #6f38a54d
 @patch
 @contextmanager
 def intervene(self:MLLM,

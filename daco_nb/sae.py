@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 from .demo import atomic_folder
 from .sparse_coding import omp
 
-# %% ../nbs/06_sae.ipynb #91fb902a
+# %% ../nbs/06_sae.ipynb #f4b01cd1
 def superposition(
     n: int,                     # how many activations
     directions: torch.Tensor,   # true directions `[m, d]`, unit rows
@@ -37,7 +37,7 @@ def superposition(
     codes.scatter_(1, on, 1 + torch.rand(n, active, generator=generator))
     return codes@directions + noise*torch.randn(n, d, generator=generator), codes
 
-# %% ../nbs/06_sae.ipynb #64ba16b6
+# %% ../nbs/06_sae.ipynb #84b1f7c6
 def fve(
     z: torch.Tensor,    # activations `[n, d]`
     z_hat: torch.Tensor # reconstructions `[n, d]`
@@ -46,7 +46,7 @@ def fve(
     z, z_hat = z.double(), z_hat.double()
     return (1 - (z - z_hat).square().sum()/(z - z.mean(0)).square().sum()).item()
 
-# %% ../nbs/06_sae.ipynb #b34a8168
+# %% ../nbs/06_sae.ipynb #e7dd59d9
 def l0(
     feature_acts: torch.Tensor # `[n, d_sae]`
 ) -> float:
@@ -59,7 +59,7 @@ def frac_alive(
     "Share of latents that are active on at least one row."
     return (feature_acts != 0).flatten(0, -2).any(0).float().mean().item()
 
-# %% ../nbs/06_sae.ipynb #ee62fabf
+# %% ../nbs/06_sae.ipynb #9ceed442
 def _topk(
     pre: torch.Tensor, # pre-activations `[..., d_sae]`
     k: int             # how many to keep
@@ -71,7 +71,7 @@ def _topk(
 # %% ../nbs/06_sae.ipynb #667c192f
 ACTIVATIONS = {'l1': lambda pre, k: pre.relu(), 'topk': _topk} # architecture -> its sigma
 
-# %% ../nbs/06_sae.ipynb #861d94b6
+# %% ../nbs/06_sae.ipynb #821a9bd0
 class SAE(nn.Module):
     """Sparse autoencoder on activations `[..., d_in]`: `encode`, `decode`, `forward`.
 
@@ -94,7 +94,7 @@ class SAE(nn.Module):
 
     fve, l0, frac_alive = staticmethod(fve), staticmethod(l0), staticmethod(frac_alive)
 
-# %% ../nbs/06_sae.ipynb #f0e2845d
+# %% ../nbs/06_sae.ipynb #8657d78b
 def patch(
     f=None, *,               # a function whose first parameter is annotated with a class
     cls_method: bool = False # add it as a class method
@@ -104,7 +104,7 @@ def patch(
     setattr(next(iter(f.__annotations__.values())), f.__name__, classmethod(f) if cls_method else f)
     return f
 
-# %% ../nbs/06_sae.ipynb #ab19e904
+# %% ../nbs/06_sae.ipynb #4c481ce7
 @patch
 def pre_acts(self: SAE,
     z: torch.Tensor # activations `[..., d_in]`
@@ -113,7 +113,7 @@ def pre_acts(self: SAE,
     if z.shape[-1] != self.d_in: raise ValueError(f'The activations have width {z.shape[-1]}, the SAE was made for {self.d_in}: check model and layer')
     return (z - self.b_dec)@self.W_enc + self.b_enc
 
-# %% ../nbs/06_sae.ipynb #543dea10
+# %% ../nbs/06_sae.ipynb #162f66f2
 @patch
 def encode(self: SAE,
     z: torch.Tensor # activations `[..., d_in]`, any floating dtype
@@ -131,14 +131,14 @@ def decode(self: SAE,
 @patch
 def forward(self: SAE, z: torch.Tensor) -> torch.Tensor: "`decode(encode(z))`."; return self.decode(self.encode(z))
 
-# %% ../nbs/06_sae.ipynb #a094da98
+# %% ../nbs/06_sae.ipynb #642e5542
 @patch
 def standardise(self: SAE, z: torch.Tensor) -> torch.Tensor: "Raw activations to standardised ones."; return (z - self.mean)/self.std
 
 @patch
 def unstandardise(self: SAE, z: torch.Tensor) -> torch.Tensor: "Standardised activations to raw ones."; return z*self.std + self.mean
 
-# %% ../nbs/06_sae.ipynb #28e4c19a
+# %% ../nbs/06_sae.ipynb #66cef206
 def _extra_atoms(
     U: torch.Tensor, n: int, extra: str, data: torch.Tensor | None, k: int, generator: torch.Generator | None # as in `from_dictionary`
 ) -> torch.Tensor: # `[n, d]`, unit rows
@@ -153,7 +153,7 @@ def _extra_atoms(
     left = sample - omp(sample, U, min(k, *U.shape))@U
     return torch.where(left.norm(dim=1, keepdim=True) > 1e-4*sample.norm(dim=1, keepdim=True), normalize(left, dim=1), random)
 
-# %% ../nbs/06_sae.ipynb #cc78b8b9
+# %% ../nbs/06_sae.ipynb #cee9f622
 def _start(
     sae: SAE,                           # a fresh one
     atoms: torch.Tensor,                # unit rows `[d_sae, d_in]`
@@ -166,7 +166,7 @@ def _start(
         sae.mean, sae.std = mean.detach().float().clone(), std.detach().float().clone()
     return sae
 
-# %% ../nbs/06_sae.ipynb #0fc79caf
+# %% ../nbs/06_sae.ipynb #19e73997
 @patch(cls_method=True)
 def from_dictionary(cls: SAE,
     D,                           # has `vectors [n, d]`, `mean`, `std` (a `ConceptDictionary`), or is a tensor `[n, d]`
@@ -190,7 +190,7 @@ def from_dictionary(cls: SAE,
     sae.concept_index[:len(U)] = torch.arange(len(U[:m]))
     return sae
 
-# %% ../nbs/06_sae.ipynb #678421d9
+# %% ../nbs/06_sae.ipynb #6ca71435
 @patch(cls_method=True)
 def random(cls: SAE,
     d_in: int, d_sae: int,                   # width of the activations, number of latents
@@ -203,7 +203,7 @@ def random(cls: SAE,
     "The ablation: random unit atoms, encoder tied at the start."
     return _start(cls(d_in, d_sae, k, architecture), normalize(torch.randn(d_sae, d_in, generator=generator), dim=1), mean, std)
 
-# %% ../nbs/06_sae.ipynb #184a9585
+# %% ../nbs/06_sae.ipynb #6f4599fb
 def _aux_k(
     sae: SAE,
     z: torch.Tensor,      # activations `[b, d_in]`
@@ -217,7 +217,7 @@ def _aux_k(
     guess = _topk(pre, min(k_aux, n))@sae.W_dec[dead]
     return min(1, n/k_aux)*(rest - guess).square().sum()/rest.square().sum().clamp_min(1e-12)
 
-# %% ../nbs/06_sae.ipynb #b833229e
+# %% ../nbs/06_sae.ipynb #1e6d78bb
 @dataclass
 class Recipe:
     "How to train an SAE: the keywords of `SAE.fit`."
@@ -235,7 +235,7 @@ class Recipe:
     every: int = 50         # steps between measurements
     save_every: int = 200   # steps between checkpoints
 
-# %% ../nbs/06_sae.ipynb #bc41d9b3
+# %% ../nbs/06_sae.ipynb #34710204
 def _loss(
     sae: SAE,
     z: torch.Tensor,     # activations `[b, d_in]`
@@ -253,7 +253,7 @@ def _loss(
         loss = loss + r.aux*_aux_k(sae, z, z_hat, dead, r.k_aux or max(1, sae.d_in//2))
     return loss, (acts > 0).any(0)
 
-# %% ../nbs/06_sae.ipynb #b6ed9d96
+# %% ../nbs/06_sae.ipynb #20232677
 @torch.no_grad()
 def _project_gradient(sae: SAE):
     "Remove from the gradient of each atom what would change its length."
@@ -265,7 +265,7 @@ def _unit_atoms(sae: SAE):
     "Scale each atom to length 1."
     sae.W_dec.div_(sae.W_dec.norm(dim=1, keepdim=True).clamp_min(1e-12))
 
-# %% ../nbs/06_sae.ipynb #d3103b8e
+# %% ../nbs/06_sae.ipynb #ff9c72bf
 def geometric_median(
     X: torch.Tensor,    # `[n, d]`
     iterations: int = 30
@@ -277,7 +277,7 @@ def geometric_median(
         centre = (w*X).sum(0)/w.sum()
     return centre
 
-# %% ../nbs/06_sae.ipynb #590a2c9a
+# %% ../nbs/06_sae.ipynb #6b85a46b
 def _shuffled(
     Z: torch.Tensor, rows: torch.Tensor, batch: int, seed: int, step: int # `[n, d]`, rows for training, size, seed, first step
 ):
@@ -290,7 +290,7 @@ def _shuffled(
             yield Z[order[i*batch:(i + 1)*batch]]
             step += 1
 
-# %% ../nbs/06_sae.ipynb #f5f00cae
+# %% ../nbs/06_sae.ipynb #1d05daf5
 def _split(
     Z, heldout: float, batch: int, seed: int # a tensor or an iterable of batches; as in `Recipe`
 ):  # held-out rows, and a function: first step -> endless batches
@@ -305,7 +305,7 @@ def _split(
     if first is None or next(islice(iter(Z), 1, None), None) is None: raise ValueError('Z needs at least two batches: the first is held out')
     return first, lambda step: islice(chain.from_iterable(islice(iter(z), 1, None) for z in repeat(Z)), step, None)
 
-# %% ../nbs/06_sae.ipynb #9aff41ad
+# %% ../nbs/06_sae.ipynb #76eb3e30
 def _replace_file(
     tensors: dict, path: Path, header: dict # name -> tensor; where; anything that JSON can hold
 ):
@@ -318,7 +318,7 @@ def _replace_file(
         os.replace(temporary, path)
     finally: temporary.unlink(missing_ok=True)
 
-# %% ../nbs/06_sae.ipynb #09a81607
+# %% ../nbs/06_sae.ipynb #1a0c96b6
 def _read_file(
     path: Path # a file made by `_replace_file`
 ) -> tuple[dict, dict]: # tensors, header
@@ -328,7 +328,7 @@ def _read_file(
     except (SafetensorError, KeyError, json.JSONDecodeError) as e:
         raise ValueError(f'{path.name} is no checkpoint, or it is damaged ({e}): delete it to start anew, or restore a copy') from None
 
-# %% ../nbs/06_sae.ipynb #485bcd7e
+# %% ../nbs/06_sae.ipynb #b4a22210
 def _save_state(
     sae: SAE, opt: torch.optim.Adam, idle: torch.Tensor, path: Path, header: dict # rows since each latent fired; JSON header
 ):
@@ -338,7 +338,7 @@ def _save_state(
         tensors |= {f'{name}.{key}': value for key, value in opt.state[p].items()}
     _replace_file(tensors, path, header)
 
-# %% ../nbs/06_sae.ipynb #8afcd80f
+# %% ../nbs/06_sae.ipynb #e5a62157
 def _load_state(
     sae: SAE, opt: torch.optim.Adam, path: Path, settings: dict # settings of this run
 ) -> tuple[torch.Tensor, dict]: # idle, header
@@ -352,7 +352,7 @@ def _load_state(
     sae.history = header['history']
     return tensors['idle'].to(sae.W_dec.device), header
 
-# %% ../nbs/06_sae.ipynb #795ae544
+# %% ../nbs/06_sae.ipynb #78591c78
 @torch.no_grad()
 def evaluate_sae(
     sae: SAE,
@@ -362,14 +362,14 @@ def evaluate_sae(
     acts = sae.encode(Z)
     return {'fve': fve(Z, sae.decode(acts)), 'l0': l0(acts), 'frac_alive': frac_alive(acts)}
 
-# %% ../nbs/06_sae.ipynb #eab79da5
+# %% ../nbs/06_sae.ipynb #f6db83c5
 def _rate(
     r: Recipe, step: int
 ) -> float: # factor on the learning rate
     "Rise, stay, fall to zero."
     return min(1., (step + 1)/max(1., r.warmup*r.steps), (r.steps - step)/max(1., r.decay*r.steps))
 
-# %% ../nbs/06_sae.ipynb #74ccc7cf
+# %% ../nbs/06_sae.ipynb #b9f88112
 def _begin(
     sae: SAE, sample: torch.Tensor, centre: str # training rows `[n, d_in]`; as in `Recipe`
 ):
@@ -380,7 +380,7 @@ def _begin(
     if centre not in ('median', 'mean', 'keep'): raise ValueError(f'centre = {centre!r}: choose median, mean or keep')
     if centre != 'keep': sae.b_dec.data = geometric_median(sample) if centre == 'median' else sample.mean(0)
 
-# %% ../nbs/06_sae.ipynb #b6d9ae09
+# %% ../nbs/06_sae.ipynb #7cc0d714
 def _step(
     sae: SAE, opt: torch.optim.Adam, z: torch.Tensor, idle: torch.Tensor, # batch `[b, d_in]`; rows since each latent fired, changed in place
     variance: float, r: Recipe, step: int # as in `_loss`
@@ -396,7 +396,7 @@ def _step(
     idle.add_(len(z)).masked_fill_(fired, 0)
     return loss.detach()
 
-# %% ../nbs/06_sae.ipynb #e345bc0d
+# %% ../nbs/06_sae.ipynb #6548c350
 def _train(
     sae: SAE, opt: torch.optim.Adam, idle: torch.Tensor, header: dict, r: Recipe, path: Path | None, # state; as in `fit`
     test: torch.Tensor, batches, bar: bool # held-out rows, step -> batches, progress bar
@@ -421,7 +421,7 @@ def _train(
             if path and z is not None and (step % r.save_every == 0 or step == r.steps):
                 _save_state(sae, opt, idle, path, header | {'step': step, 'history': sae.history})
 
-# %% ../nbs/06_sae.ipynb #8dc28cb9
+# %% ../nbs/06_sae.ipynb #4a34bfdd
 @patch
 def fit(self: SAE,
     Z,                                        # standardised activations `[n, d_in]`, or an iterable of batches of them
@@ -446,7 +446,7 @@ def fit(self: SAE,
     _train(self, opt, idle, header, r, path, *_split(Z, r.heldout, r.batch, header['seed']), bar)
     return self
 
-# %% ../nbs/06_sae.ipynb #4f5cb831
+# %% ../nbs/06_sae.ipynb #1147ff60
 @torch.no_grad()
 def alignment(
     sae: SAE,             # in the standardised space or folded
@@ -462,7 +462,7 @@ def alignment(
     own = sae.concept_index[started]
     return cosine.gather(1, own[:, None])[:, 0], cosine.argmax(1) == own
 
-# %% ../nbs/06_sae.ipynb #7594a4a8
+# %% ../nbs/06_sae.ipynb #2fd6edf6
 def _scaled(
     sae: SAE, mean: torch.Tensor, std: torch.Tensor, folded: bool # new weights act on z*std + mean
 ) -> SAE:
@@ -473,7 +473,7 @@ def _scaled(
     new.b_dec.data, new.folded = (b_dec*std + mean).float(), folded
     return new
 
-# %% ../nbs/06_sae.ipynb #536ec24c
+# %% ../nbs/06_sae.ipynb #a33d37a6
 @patch
 def fold(self: SAE) -> SAE:
     "A copy that acts on raw activations: same codes, reconstructions in raw units. A folded SAE is returned as it is."
@@ -485,7 +485,7 @@ def unfold(self: SAE) -> SAE:
     std = self.std.double()
     return _scaled(self, -self.mean.double()/std, 1/std, False) if self.folded else self
 
-# %% ../nbs/06_sae.ipynb #d661b35a
+# %% ../nbs/06_sae.ipynb #c35b97a4
 FORMAT = {'l1': 'standard', 'topk': 'topk'} # architecture -> its name in SAELens
 
 def _config(
@@ -498,7 +498,7 @@ def _config(
             'apply_b_dec_to_input': True, 'normalize_activations': 'none', 'reshape_activations': 'none',
             'metadata': {'sae_lens_version': '6.0.0', 'sae_lens_training_version': None, 'model_name': None, 'hook_name': None} | metadata}
 
-# %% ../nbs/06_sae.ipynb #feefe8ca
+# %% ../nbs/06_sae.ipynb #c7b6036d
 @patch
 def save(self: SAE,
     folder: Path | str,      # where; made if needed
@@ -518,7 +518,7 @@ def save(self: SAE,
     shutil.rmtree(old, ignore_errors=True)
     return folder
 
-# %% ../nbs/06_sae.ipynb #298ad0f7
+# %% ../nbs/06_sae.ipynb #5a8a8229
 def _absorb(
     w: dict, cfg: dict # weights and configuration, as SAELens writes them
 ) -> dict:
@@ -532,7 +532,7 @@ def _absorb(
         w |= {'W_enc': w['W_enc']*norm, 'b_enc': w['b_enc']*norm, 'W_dec': w['W_dec']/norm[:, None]}
     return w
 
-# %% ../nbs/06_sae.ipynb #324e12a0
+# %% ../nbs/06_sae.ipynb #bffd8095
 def _read_folder(
     folder: Path # holds cfg.json and sae_weights.safetensors
 ) -> tuple[dict, dict, dict]: # configuration, weights, standardisation (empty if there is none)
@@ -543,7 +543,7 @@ def _read_folder(
     try: return json.loads((folder/'cfg.json').read_text()), load_file(folder/'sae_weights.safetensors'), load_file(side) if side.exists() else {}
     except (SafetensorError, json.JSONDecodeError) as e: raise ValueError(f'The files in {folder.name} are damaged ({e}): save or download them again') from None
 
-# %% ../nbs/06_sae.ipynb #2647413a
+# %% ../nbs/06_sae.ipynb #f948b927
 @patch(cls_method=True)
 def load(cls: SAE,
     folder: Path | str # made by `save`, or by SAELens

@@ -10,7 +10,7 @@ import math
 
 import torch
 
-# %% ../nbs/05_sparse_coding.ipynb #b749d6f6
+# %% ../nbs/05_sparse_coding.ipynb #4e54d44b
 def _prepare(
     Z: torch.Tensor, # `[b, d]`
     D: torch.Tensor  # `[n, d]`
@@ -31,7 +31,7 @@ def _prepare(
         raise ValueError(f'Rows {zero.tolist()} of the dictionary are zero: a concept without direction, drop it')
     return Z, D
 
-# %% ../nbs/05_sparse_coding.ipynb #59efd5a9
+# %% ../nbs/05_sparse_coding.ipynb #3f0dc361
 def _gram_rows(
     U: torch.Tensor, # unit rows `[n, d]`
     uses: int        # how many rows will be asked for
@@ -42,7 +42,7 @@ def _gram_rows(
         return lambda i: G[i]
     return lambda i: U[i]@U.T
 
-# %% ../nbs/05_sparse_coding.ipynb #d1e13c88
+# %% ../nbs/05_sparse_coding.ipynb #3c5b4bf5
 def _pursue(
     Z: torch.Tensor,   # `[b, d]`
     U: torch.Tensor,   # unit rows `[n, d]`
@@ -67,7 +67,7 @@ def _pursue(
         correlation, energy = correlation - beta*p, energy - beta[:, 0].square()
     return support, used
 
-# %% ../nbs/05_sparse_coding.ipynb #2deed8f4
+# %% ../nbs/05_sparse_coding.ipynb #8cbc1ea3
 def _least_squares(
     Z: torch.Tensor,       # `[b, d]`
     U: torch.Tensor,       # unit rows `[n, d]`
@@ -79,7 +79,7 @@ def _least_squares(
     gram = A@A.mT + torch.diag_embed((~used).double() + 1e-13)
     return torch.linalg.solve(gram, A@Z.double()[..., None])[..., 0]*used
 
-# %% ../nbs/05_sparse_coding.ipynb #c00e872e
+# %% ../nbs/05_sparse_coding.ipynb #b74f628a
 def _fit_nonneg(
     Z: torch.Tensor,       # `[b, d]`
     U: torch.Tensor,       # unit rows `[n, d]`
@@ -97,7 +97,7 @@ def _fit_nonneg(
         used &= ~(bad & (ratio <= least))
         c = c*used
 
-# %% ../nbs/05_sparse_coding.ipynb #0ece932d
+# %% ../nbs/05_sparse_coding.ipynb #b70349b7
 def _pursue_nonneg(
     Z: torch.Tensor,  # `[b, d]`
     U: torch.Tensor,  # unit rows `[n, d]`
@@ -119,7 +119,7 @@ def _pursue_nonneg(
         R = (Z.double() - (c[:, None, now]@U[support[:, now]].double())[:, 0]).to(Z.dtype)
     return support, used
 
-# %% ../nbs/05_sparse_coding.ipynb #f959a093
+# %% ../nbs/05_sparse_coding.ipynb #974b0b58
 def omp(
     Z: torch.Tensor,          # vectors `[b, d]`
     D: torch.Tensor,          # dictionary `[n, d]`, rows of any length but zero
@@ -143,7 +143,7 @@ def omp(
         code.scatter_add_(1, support, _least_squares(z, U, support, used).to(code.dtype))
     return codes.clamp_min_(0).div_(norms) if nonneg else codes.div_(norms)
 
-# %% ../nbs/05_sparse_coding.ipynb #654c5a3f
+# %% ../nbs/05_sparse_coding.ipynb #32a3e56d
 def _shrink(
     C: torch.Tensor,  # coefficients
     by: torch.Tensor, # how far, number or tensor
@@ -152,7 +152,7 @@ def _shrink(
     "Move every number towards zero by `by`; what would cross zero stops there."
     return (C.abs() - by).clamp_min(0)*C.sign() if not nonneg else (C - by).clamp_min(0)
 
-# %% ../nbs/05_sparse_coding.ipynb #101ce65b
+# %% ../nbs/05_sparse_coding.ipynb #c489319f
 def _gap(
     zz: torch.Tensor, rz: torch.Tensor, rr: torch.Tensor, # squared norm of z, product of residual and z, squared norm of the residual: `[b]`
     slope: torch.Tensor, C: torch.Tensor, # minus the gradient of the smooth part, and the code: `[b, m]`
@@ -165,7 +165,7 @@ def _gap(
     gap = .5*quadratic + l1*C.abs().sum(1) - s*rz + .5*s*s*quadratic
     return (gap/(.5*zz).clamp_min(1e-300)).clamp_min(0)
 
-# %% ../nbs/05_sparse_coding.ipynb #a6bd8e80
+# %% ../nbs/05_sparse_coding.ipynb #4e55a6d8
 def duality_gap(
     Z: torch.Tensor,     # vectors `[b, d]`
     D: torch.Tensor,     # dictionary `[n, d]`
@@ -180,7 +180,7 @@ def duality_gap(
     l1, l2 = alpha*tau, alpha*(1 - tau)
     return _gap(Z.square().sum(1), (R*Z).sum(1), R.square().sum(1), R@D.T - l2*C, C, l1, l2, nonneg)
 
-# %% ../nbs/05_sparse_coding.ipynb #0463f0cc
+# %% ../nbs/05_sparse_coding.ipynb #f1a5a019
 def _solve_small(
     G: torch.Tensor, q: torch.Tensor, zz: torch.Tensor, C: torch.Tensor, # Gram `[b, m, m]`, products with z `[b, m]`, ‖z‖² `[b]`, start `[b, m]`
     l1: float, l2: float, max_iter: int, tol: float, nonneg: bool # as in `elastic_net`
@@ -201,7 +201,7 @@ def _solve_small(
             if (_gap(zz, zz - cq, rr, q - GC - l2*C, C, l1, l2, nonneg) <= tol).all(): break
     return C
 
-# %% ../nbs/05_sparse_coding.ipynb #05dab479
+# %% ../nbs/05_sparse_coding.ipynb #0b9416c6
 def _improve(
     Z: torch.Tensor, D: torch.Tensor, C: torch.Tensor, slope: torch.Tensor, # `[b, d]`, `[n, d]`, `[b, n]`, `[b, n]`
     m: int, l1: float, l2: float, max_iter: int, tol: float, nonneg: bool  # size of the working sets; as in `elastic_net`
@@ -216,7 +216,7 @@ def _improve(
         o.scatter_(1, i, small)
     return out
 
-# %% ../nbs/05_sparse_coding.ipynb #9e0cc1bc
+# %% ../nbs/05_sparse_coding.ipynb #63ea0d7c
 def _working_sets(
     Z: torch.Tensor, D: torch.Tensor, l1: float, l2: float, max_iter: int, tol: float, nonneg: bool # float64; as in `elastic_net`
 ) -> tuple[torch.Tensor, torch.Tensor]: # codes `[b, n]`, gap `[b]`
@@ -233,7 +233,7 @@ def _working_sets(
         m = min(len(D), max(m + 32, 2*int((C != 0).sum(1).amax())))
         C = _improve(Z, D, C, slope, m, l1, l2, max_iter, tol/4, nonneg)
 
-# %% ../nbs/05_sparse_coding.ipynb #81ad8d38
+# %% ../nbs/05_sparse_coding.ipynb #f9be41b6
 def elastic_net(
     Z: torch.Tensor,         # vectors `[b, d]`
     D: torch.Tensor,         # dictionary `[n, d]`, rows of any length but zero
@@ -257,7 +257,7 @@ def elastic_net(
     codes, gap = _working_sets(Z.double(), D.double()/norms[:, None], alpha*tau, alpha*(1 - tau), max_iter, tol, nonneg)
     return (codes/norms).to(Z.dtype), gap.to(Z.dtype)
 
-# %% ../nbs/05_sparse_coding.ipynb #771f92b9
+# %% ../nbs/05_sparse_coding.ipynb #7b8c6ca6
 def _indices(
     remove: torch.Tensor, # bool mask `[n]`, or indices
     n: int                # number of concepts
@@ -271,7 +271,7 @@ def _indices(
         if not 0 <= i < n: raise ValueError(f'Concept {i} does not exist: indices go from 0 to {n - 1}')
     return remove.long().unique()
 
-# %% ../nbs/05_sparse_coding.ipynb #d34fb7fe
+# %% ../nbs/05_sparse_coding.ipynb #4bd4ac95
 def oblique_projection(
     Z: torch.Tensor,     # vectors `[b, d]`
     D: torch.Tensor,     # dictionary `[n, d]`

@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 
 from .demo import ASSETS, article, drawings, scene
 
-# %% ../nbs/02_stimuli.ipynb #118bdaa1
+# %% ../nbs/02_stimuli.ipynb #5201aaa4
 class Concept(NamedTuple):
     "A noun with one meaning."
     name: str        # what we call it, in lower case
@@ -49,7 +49,7 @@ def load_concepts(
     concept_names(concepts)
     return concepts
 
-# %% ../nbs/02_stimuli.ipynb #08f0c8d2
+# %% ../nbs/02_stimuli.ipynb #22bcaf16
 def concept_names(
     concepts: list # `Concept`s, or plain names
 ) -> list[str]:
@@ -63,7 +63,7 @@ def concept_names(
         raise ValueError(f'The concept {twice!r} comes twice: each name must be unique, because it names a row of the dictionary')
     return names
 
-# %% ../nbs/02_stimuli.ipynb #1d6bfc3d
+# %% ../nbs/02_stimuli.ipynb #e859cd1b
 def similarity(
     cos: torch.Tensor, # cosines, any shape
     eps: float = 1e-4  # the least similarity, so that logarithms stay finite
@@ -73,7 +73,7 @@ def similarity(
     if cos.isnan().any(): raise ValueError('A cosine is NaN: an embedding has length 0 or holds NaN; check the encoder')
     return ((1 + cos)/2).clamp(eps, 1)
 
-# %% ../nbs/02_stimuli.ipynb #34c6794b
+# %% ../nbs/02_stimuli.ipynb #6939713b
 def geometric_distance(
     s_image: torch.Tensor, # similarity of the picture, in (0, 1]
     s_text: torch.Tensor   # similarity of the caption, in (0, 1]
@@ -84,7 +84,7 @@ def geometric_distance(
         if not ((s > 0) & (s <= 1)).all(): raise ValueError(f'A similarity lies in (0, 1], found {s.min():.4g} to {s.max():.4g}: map cosines with similarity()')
     return (0 - s_image.log() - s_text.log()).sqrt()
 
-# %% ../nbs/02_stimuli.ipynb #cb481272
+# %% ../nbs/02_stimuli.ipynb #fa84d4fb
 @dataclass(frozen=True)
 class DemoCorpus:
     "`n` image-caption pairs of the demo world; pair `i` of a seed is always the same, whatever `n`."
@@ -108,7 +108,7 @@ class DemoCorpus:
 
     def __getitem__(self, i): s = scene(i, self.seed, self.subjects(i)); return s.image, s.caption
 
-# %% ../nbs/02_stimuli.ipynb #fa086242
+# %% ../nbs/02_stimuli.ipynb #65db3baf
 def read_pairs(
     corpus,    # anything with `len`, whose item `i` is (PIL picture, caption)
     start: int, # first pair
@@ -124,7 +124,7 @@ def read_pairs(
         images.append(image.convert('RGB')); texts.append(text)
     return images, texts
 
-# %% ../nbs/02_stimuli.ipynb #0b762a1f
+# %% ../nbs/02_stimuli.ipynb #0931acab
 def save_shard(
     path: Path,             # where it shall appear
     images: torch.Tensor,   # `[n, d]`
@@ -137,6 +137,7 @@ def save_shard(
     with open(part, 'rb') as f: os.fsync(f.fileno())
     os.replace(part, path)
 
+# %% ../nbs/02_stimuli.ipynb #5f120512
 def load_shard(
     path: Path, # a shard
     n: int,     # rows expected
@@ -151,7 +152,7 @@ def load_shard(
     if found != tag: raise ValueError(f'{path.name} holds embeddings of {found!r}, not of {tag!r}: choose another folder, or empty this one')
     return (images, texts) if len(images) == n else None
 
-# %% ../nbs/02_stimuli.ipynb #eca239a9
+# %% ../nbs/02_stimuli.ipynb #a7c1e954
 def encode_pairs(
     corpus,     # the corpus
     encoder,    # the encoder
@@ -164,7 +165,7 @@ def encode_pairs(
     bar.update(stop - start)
     return encoder.encode_images(images), encoder.encode_texts(texts)
 
-# %% ../nbs/02_stimuli.ipynb #377b716a
+# %% ../nbs/02_stimuli.ipynb #c4b65b42
 def embed_corpus(
     corpus,                     # anything with `len`, whose item `i` is (PIL picture, caption)
     encoder,                    # object with `encode_images(list)` and `encode_texts(list)`, unit rows
@@ -190,7 +191,7 @@ def embed_corpus(
     bar.close()
     return tuple(torch.cat(p) for p in zip(*done))
 
-# %% ../nbs/02_stimuli.ipynb #8ec64cf7
+# %% ../nbs/02_stimuli.ipynb #dbe9020d
 NEGATIVES = ('far', 'random', 'hard')
 
 def pick(
@@ -209,7 +210,7 @@ def pick(
     away = score.scatter(1, near, -torch.inf).topk(n_neg).indices
     return torch.cat([near[:, :n_pos], away], 1)
 
-# %% ../nbs/02_stimuli.ipynb #bf0b0029
+# %% ../nbs/02_stimuli.ipynb #70bdf4c2
 def check_counts(
     n: int,          # pairs in the corpus
     n_pos: int,      # positives per concept
@@ -225,7 +226,7 @@ def check_counts(
     if near + n_neg > n: raise ValueError(f'{near} nearest pairs and {n_neg} negatives do not fit into a corpus of {n} pairs: '
                                           'lower n_pos or n_neg, or give a larger corpus')
 
-# %% ../nbs/02_stimuli.ipynb #2cc1cd8f
+# %% ../nbs/02_stimuli.ipynb #8eac7e11
 def as_table(
     names: list[str],     # concepts
     n_pos: int,           # how many columns are positive, from the left
@@ -239,7 +240,7 @@ def as_table(
     columns = dict(pair=pair, s_image=s_image, s_text=s_text, distance=distance, positive=positive)
     return Dataset.from_dict({'concept': np.repeat(names, pair.shape[1]), **{k: v.flatten() for k, v in columns.items()}})
 
-# %% ../nbs/02_stimuli.ipynb #c5e188e0
+# %% ../nbs/02_stimuli.ipynb #031855c8
 def retrieve(
     concepts: list,          # `Concept`s or names
     corpus,                  # anything with `len`, whose item `i` is (PIL picture, caption)
@@ -266,7 +267,7 @@ def retrieve(
         found.append([pairs] + [t.gather(1, pairs) for t in (*s, dist)])
     return as_table(names, n_pos, *(torch.cat(t).numpy() for t in zip(*found)))
 
-# %% ../nbs/02_stimuli.ipynb #5e3dc418
+# %% ../nbs/02_stimuli.ipynb #802370ef
 def show_stimuli(
     stimuli: Dataset,      # from `retrieve`
     corpus,                # the corpus it indexes
@@ -288,7 +289,7 @@ def show_stimuli(
     fig.subplots_adjust(wspace=.08, hspace=.3)
     return fig
 
-# %% ../nbs/02_stimuli.ipynb #46d6bb35
+# %% ../nbs/02_stimuli.ipynb #b80c3bc9
 def load_stimuli(
     path: Path | None = None # a parquet file with the columns of `retrieve`; None takes the shipped table
 ) -> Dataset:                # its pairs index `DemoCorpus()`

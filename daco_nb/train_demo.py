@@ -7,7 +7,7 @@ __all__ = ['OPEN_QUESTIONS', 'HARMFUL_GROUPS', 'patch_owner', 'Words', 'SceneDat
            'patch_mean', 'shares', 'seeing_loss', 'save_state', 'scene_batches', 'train_eye', 'collect', 'saying_loss',
            'train_heads', 'both_losses', 'eye_state', 'harmless', 'answer_in_words', 'ask_smollm2', 'naming', 'yes_no',
            'which_of_four', 'conversation', 'tokenize', 'Conversations', 'pad_batch', 'answer_loss', 'lora_state',
-           'train_lora']
+           'restore', 'with_lora', 'train_lora', 'naming_accuracy', 'drift_in_words', 'write_assets', 'write_card']
 
 # %% ../nbs/12_train_demo.ipynb #ca6cf29f
 import json, math, os, re, random
@@ -24,7 +24,7 @@ from transformers import SiglipVisionModel
 
 from .demo import *
 
-# %% ../nbs/12_train_demo.ipynb #1f068496
+# %% ../nbs/12_train_demo.ipynb #03a6b047
 def patch_owner(
     owner: np.ndarray, # `[SIZE, SIZE]`, as `Scene.owner`
     least: float = .15 # share of a patch that a drawing must cover to own it
@@ -34,7 +34,7 @@ def patch_owner(
     share = np.stack([(tiles == k).mean(1) for k in range(1, owner.max() + 1)]) if owner.max() else np.zeros((1, GRID*GRID))
     return np.where(share.max(0) >= least, share.argmax(0) + 1, 0)
 
-# %% ../nbs/12_train_demo.ipynb #bc64bd28
+# %% ../nbs/12_train_demo.ipynb #638345a7
 class Words:
     "The words a patch may say: tokens of every drawing's name and of the background colours."
     def __init__(self,
@@ -54,7 +54,7 @@ class Words:
         spoken = [self.of_colour[s.colour], *(self.of_name[d.name] for d in s.drawings)]
         return np.array([self.row[spoken[o][(i//GRID + i%GRID) % len(spoken[o])]] for i, o in enumerate(patch_owner(s.owner))])
 
-# %% ../nbs/12_train_demo.ipynb #7e9034e6
+# %% ../nbs/12_train_demo.ipynb #a0cb83fc
 class SceneData(Dataset):
     "Scenes as training examples: pixels; word, thing and drawnness of each patch; labels of the drawings (-1 pads)."
     def __init__(self,
@@ -77,7 +77,7 @@ def collate(
     images, *rest = zip(*rows)
     return to_pixels(images), *(torch.from_numpy(np.stack(x)) for x in rest)
 
-# %% ../nbs/12_train_demo.ipynb #19fc1f67
+# %% ../nbs/12_train_demo.ipynb #55be77ce
 class Eye(nn.Module):
     "Vision tower, LLaVA's projector to the language model, a head into MiniLM's space, and two heads used only to learn to see."
     def __init__(self,
@@ -103,7 +103,7 @@ class Eye(nn.Module):
         patches, whole = self.features(pixels)
         return self.linear_2(F.gelu(self.linear_1(patches))), self.text_head(whole)
 
-# %% ../nbs/12_train_demo.ipynb #c382ac8d
+# %% ../nbs/12_train_demo.ipynb #bd92eb42
 @torch.no_grad()
 def whiten_patches(
     eye: Eye,     # its patch embedding is set in place
@@ -118,7 +118,7 @@ def whiten_patches(
     W = .5*(U.flip(1)[:, :d]/(lam.flip(0)[:d] + .05).sqrt()).T
     conv.weight.copy_(W.view_as(conv.weight)); conv.bias.copy_(-W@X.mean(0))
 
-# %% ../nbs/12_train_demo.ipynb #785e583b
+# %% ../nbs/12_train_demo.ipynb #83207476
 def patch_mean(x, drawn):
     "Mean over patches in which drawn ones count four times as much."
     weight = torch.where(drawn, 1., .25)
@@ -139,7 +139,7 @@ def seeing_loss(
     ce = F.cross_entropy(eye.see_patch(patches).flatten(0, 1), things.flatten(), reduction='none').view(things.shape)
     return patch_mean(ce, drawn) + F.cross_entropy(eye.see_whole(whole), shares(labels, eye.see_whole.out_features))
 
-# %% ../nbs/12_train_demo.ipynb #822a0553
+# %% ../nbs/12_train_demo.ipynb #1230902a
 def save_state(
     path: Path, # where
     **state     # what
@@ -156,7 +156,7 @@ def scene_batches(words, steps, done, batch, seed, ramp):
     rest = torch.utils.data.Subset(data, range(done*batch, steps*batch))
     return tqdm(DataLoader(rest, batch, collate_fn=collate, num_workers=1), initial=done, total=steps, mininterval=10)
 
-# %% ../nbs/12_train_demo.ipynb #69fe5699
+# %% ../nbs/12_train_demo.ipynb #3420ebbe
 def train_eye(
     eye: Eye,           # trained in place
     loss,               # function(eye, batch) -> scalar
@@ -181,7 +181,7 @@ def train_eye(
         if step % 200 == 0 or step == steps: save_state(path, eye=eye.state_dict(), opt=opt.state_dict(), rate=rate.state_dict(), step=step)
     return eye.eval()
 
-# %% ../nbs/12_train_demo.ipynb #3930c8b2
+# %% ../nbs/12_train_demo.ipynb #aeb4a8cc
 @torch.no_grad()
 def collect(
     eye: Eye,      # whose tower sees
@@ -195,6 +195,7 @@ def collect(
         parts.append((*(f.half() for f in eye.features(pixels)), said, drawn, labels))
     return [torch.cat(x) for x in zip(*parts)]
 
+# %% ../nbs/12_train_demo.ipynb #3d4f13ad
 def saying_loss(
     eye: Eye,          # heads being trained
     batch,             # rows of `collect`
@@ -211,6 +212,7 @@ def saying_loss(
     lit = F.cross_entropy(whole@bank.T/.05, share) + 3*(1 - (whole*F.normalize(share@bank, dim=-1)).sum(-1)).mean()
     return patch_mean(ce + off, drawn) + lit
 
+# %% ../nbs/12_train_demo.ipynb #0779e84b
 def train_heads(
     eye: Eye,          # that sees; its heads are trained in place
     features,          # from `collect`
@@ -231,7 +233,7 @@ def train_heads(
         opt.zero_grad(); loss.backward(); opt.step(); rate.step()
     return eye.eval()
 
-# %% ../nbs/12_train_demo.ipynb #6500ab5f
+# %% ../nbs/12_train_demo.ipynb #f36a1d59
 def both_losses(
     eye: Eye, # being trained
     batch,    # from `collate`
@@ -243,7 +245,7 @@ def both_losses(
     ce = F.cross_entropy(eye.see_patch(patches).flatten(0, 1), things.flatten(), reduction='none').view(things.shape)
     return saying_loss(eye, (patches, whole, said, drawn, labels), E, bank) + patch_mean(ce, drawn)
 
-# %% ../nbs/12_train_demo.ipynb #b1c47df6
+# %% ../nbs/12_train_demo.ipynb #327c13e8
 def eye_state(
     eye: Eye # trained
 ) -> dict:   # tensors, named as in LlavaModel, plus `text_head`
@@ -254,7 +256,7 @@ def eye_state(
         if k.startswith('text_head'): state[k] = v
     return {k: v.detach().contiguous() for k, v in state.items()}
 
-# %% ../nbs/12_train_demo.ipynb #7ea0db81
+# %% ../nbs/12_train_demo.ipynb #c5ab4503
 OPEN_QUESTIONS = ( # beside a picture, and in words
     ('How do I make the thing in this picture?', 'How do I make {}?'),
     ('What can I do with this?', 'What can I do with {}?'),
@@ -270,6 +272,7 @@ def harmless() -> list[Drawing]:
     "Drawings outside the harmful groups."
     return [d for d in drawings() if d.group not in HARMFUL_GROUPS]
 
+# %% ../nbs/12_train_demo.ipynb #899f300f
 @torch.no_grad()
 def answer_in_words(
     lm, tok,              # SmolLM2 and its tokenizer
@@ -286,6 +289,7 @@ def answer_in_words(
         answers += tok.batch_decode(out[:, x['input_ids'].shape[1]:], skip_special_tokens=True)
     return [a.strip() for a in answers]
 
+# %% ../nbs/12_train_demo.ipynb #94e212ac
 def ask_smollm2(
     path: Path,   # JSON file to write: rows of [picture question, text question, drawing name, answer]
     n: int = 480, # questions
@@ -301,7 +305,7 @@ def ask_smollm2(
     path.write_text(json.dumps(rows, indent=0, ensure_ascii=False))
     return rows
 
-# %% ../nbs/12_train_demo.ipynb #45f5c217
+# %% ../nbs/12_train_demo.ipynb #85531e3f
 def naming(s, rng):
     "A question for the name of what is shown."
     q = rng.choice(['What is in the picture?', 'What is this?', 'What do you see?', 'Name the thing in the picture.', 'What does this picture show?'])
@@ -324,7 +328,7 @@ def which_of_four(s, rng):
     q = rng.choice(['Which of these is in the picture: {}?', 'Which one do you see: {}?', 'Choose what is shown: {}.'])
     return q.format(', '.join(names[:3]) + ' or ' + names[3]), article(f'a {d.name}').capitalize() + '.'
 
-# %% ../nbs/12_train_demo.ipynb #be9d8fd1
+# %% ../nbs/12_train_demo.ipynb #a2d43fa7
 def conversation(
     s: Scene,            # what the picture shows
     rng: random.Random,  # choices
@@ -339,6 +343,7 @@ def conversation(
         pairs[rng.randrange(turns)] = (picture, answer)
     return pairs
 
+# %% ../nbs/12_train_demo.ipynb #77ceb3b0
 def tokenize(
     processor,      # of the demo LLaVA
     pairs,          # (question, answer) pairs
@@ -355,7 +360,7 @@ def tokenize(
         learn += [False]*len(asked) + [True]*len(said) + [False]
     return ids, learn
 
-# %% ../nbs/12_train_demo.ipynb #ef9e1387
+# %% ../nbs/12_train_demo.ipynb #31d12a37
 class Conversations(Dataset):
     "Conversations about scenes; every `every`-th is about text alone, with SmolLM2's own answer."
     def __init__(self, processor, rows, n, seed, every=6):
@@ -381,7 +386,7 @@ def pad_batch(rows, pad):
     pictures = [im for im in images if im is not None]
     return dict(input_ids=fill(ids, pad), attention_mask=mask, pixel_values=to_pixels(pictures)), fill(learn, False)
 
-# %% ../nbs/12_train_demo.ipynb #9e40c795
+# %% ../nbs/12_train_demo.ipynb #0f9ce13d
 def answer_loss(
     model,  # LLaVA, or its peft wrapper
     inputs, # from `pad_batch`
@@ -404,7 +409,35 @@ def lora_state(
             out[f'{short}.B'] = (m.lora_B['default'].weight.detach()*m.scaling['default']).half().contiguous()
     return out
 
-# %% ../nbs/12_train_demo.ipynb #29be69bd
+# %% ../nbs/12_train_demo.ipynb #ed79d989
+def restore(
+    path: Path,    # checkpoint of `train_lora`
+    trained: dict, # parameters, set in place
+    opt, rate      # optimiser and schedule, set in place
+) -> int:          # steps done
+    "Go back to a checkpoint."
+    state = torch.load(path, weights_only=True)
+    with torch.no_grad():
+        for n, v in state['trained'].items(): trained[n].copy_(v)
+    opt.load_state_dict(state['opt']); rate.load_state_dict(state['rate'])
+    return state['step']
+
+# %% ../nbs/12_train_demo.ipynb #328e3223
+def with_lora(
+    eye: dict, # tower and projector
+    r: int,    # rank
+    seed: int  # of the fresh low-rank weights
+): # (model, processor, projector, low-rank parameters)
+    "The demo LLaVA with fresh LoRA weights on the attention of its language model; all else but the projector is frozen."
+    from peft import LoraConfig, get_peft_model
+    torch.manual_seed(seed)
+    llava, processor = build_llava(eye)
+    lora = LoraConfig(r=r, lora_alpha=2*r, target_modules=r'.*language_model.*\.(q|k|v|o)_proj')
+    model = get_peft_model(llava, lora).base_model.model
+    projector = model.model.multi_modal_projector.requires_grad_(True)
+    return model, processor, projector, [p for n, p in model.named_parameters() if 'lora_' in n]
+
+# %% ../nbs/12_train_demo.ipynb #805bdd0e
 def train_lora(
     eye: dict,          # tower and projector, as `build_llava` takes them
     rows: list,         # from `ask_smollm2`
@@ -416,19 +449,11 @@ def train_lora(
     seed: int = 3       # of scenes and conversations
 ): # (projector state, LoRA state)
     "Teach the language model to talk about what the eye says; interrupted runs go on."
-    from peft import LoraConfig, get_peft_model
-    torch.manual_seed(seed)
-    llava, processor = build_llava(eye)
-    model = get_peft_model(llava, LoraConfig(r=r, lora_alpha=2*r, target_modules=r'.*language_model.*\.(q|k|v|o)_proj')).base_model.model
-    projector = model.model.multi_modal_projector.requires_grad_(True)
-    low = [p for n, p in model.named_parameters() if 'lora_' in n]
+    model, processor, projector, low = with_lora(eye, r, seed)
     opt, done = torch.optim.AdamW([dict(params=low, lr=lr), dict(params=list(projector.parameters()), lr=lr/4)], weight_decay=0.), 0
     rate = torch.optim.lr_scheduler.LambdaLR(opt, lambda t: min(1, (t + 1)/10)*(.05 + .475*(1 + math.cos(math.pi*min(1, t/steps)))))
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    if path.exists():
-        state = torch.load(path, weights_only=True)
-        with torch.no_grad(): [trained[n].copy_(v) for n, v in state['trained'].items()]
-        opt.load_state_dict(state['opt']); rate.load_state_dict(state['rate']); done = state['step']
+    if path.exists(): done = restore(path, trained, opt, rate)
     data = torch.utils.data.Subset(Conversations(processor, rows, steps*batch, seed), range(done*batch, steps*batch))
     bar = tqdm(DataLoader(data, batch, collate_fn=lambda x: pad_batch(x, processor.tokenizer.pad_token_id)), initial=done, total=steps, mininterval=10)
     for step, (inputs, learn) in enumerate(bar, done + 1):
@@ -438,3 +463,55 @@ def train_lora(
         if step % 25 == 0 or step == steps:
             save_state(path, trained=trained, opt=opt.state_dict(), rate=rate.state_dict(), step=step)
     return {f'multi_modal_projector.{n}': p.detach() for n, p in projector.named_parameters()}, lora_state(model)
+
+# %% ../nbs/12_train_demo.ipynb #1f684006
+def naming_accuracy(
+    mllm,            # the demo model
+    subjects: list,  # `Drawing`s to show
+    seed: int = 9999 # of the renders; training used other series
+): # share named, list of (name, answer) of the others
+    "How many unseen renders the model names when asked what is in the picture."
+    images = [scene(i, seed, subjects=(d,)).image for i, d in enumerate(subjects)]
+    said = mllm.generate(['What is in the picture?']*len(images), images, max_new_tokens=12, batch_size=32)
+    right = [any(n.lower() in a.lower() for n in d.names) for d, a in zip(subjects, said)]
+    return sum(right)/len(right), [(d.name, a) for d, a, r in zip(subjects, said, right) if not r]
+
+# %% ../nbs/12_train_demo.ipynb #03e6e969
+@torch.no_grad()
+def drift_in_words(
+    mllm,            # the demo model
+    rows: list,      # [.., text question, .., SmolLM2's answer]
+    n: int = 64      # how many
+) -> tuple[float, float]: # mean log-probability per token of SmolLM2's own answers: SmolLM2, demo model
+    "Does the demo model still answer text questions as SmolLM2 does?"
+    plain, tok = smollm2()
+    out = []
+    for lm in (plain, mllm.model):
+        logps = []
+        for _, q, _, a in rows[:n]:
+            head = tok(f'<|im_start|>user\n{q}<|im_end|>\n<|im_start|>assistant\n', add_special_tokens=False)['input_ids']
+            ids = torch.tensor([head + tok(a, add_special_tokens=False)['input_ids']])
+            logp = lm(input_ids=ids).logits[0, :-1].log_softmax(-1).gather(-1, ids[0, 1:, None])[:, 0]
+            logps.append(logp[len(head) - 1:].mean().item())
+        out.append(sum(logps)/len(logps))
+    return tuple(out)
+
+# %% ../nbs/12_train_demo.ipynb #fec8fd19
+def write_assets(
+    eye: dict,    # from `eye_state`, projector replaced by that of `train_lora`
+    lora: dict,   # from `train_lora`
+    metrics: dict # for the card
+):
+    "Put the trained parts and their card into `daco_nb/assets`."
+    save_file({k: v.half().contiguous() for k, v in eye.items()}, ASSETS/'eye.safetensors')
+    save_file(lora, ASSETS/'lora.safetensors')
+    write_card(metrics)
+
+def write_card(
+    metrics: dict # what was measured
+):
+    "The card: recipe, seeds, data, metrics and digests."
+    card = dict(recipe='nbs/12_train_demo.ipynb', seed=dict(eye=1, heads=2, lora=3), license='Apache-2.0 (weights); drawings CC BY-SA 4.0',
+                data='scenes of OpenMoji drawings (daco_nb.demo.scene); answers.json: SmolLM2 about harmless drawings', metrics=metrics,
+                sha256={f: sha256_of(ASSETS/f) for f in ('eye.safetensors', 'lora.safetensors', 'answers.json')})
+    (ASSETS/'demo_card.json').write_text(json.dumps(card, indent=1) + '\n')

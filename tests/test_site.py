@@ -166,8 +166,10 @@ class Browser:
         for domain in ("Page", "Runtime", "Log"):
             self.call(f"{domain}.enable")
         self.call("Page.navigate", url=url)
-        while not (self.evaluate("location.href") == url and self.evaluate(DRAWN)):
-            time.sleep(0.2)
+        before, now = None, 0
+        while not (self.evaluate("location.href") == url and self.evaluate(DRAWN) and before == now):
+            time.sleep(0.4)
+            before, now = now, self.evaluate("document.body.innerHTML.length")  # a diagram is drawn piece by piece
 
     def errors(self):
         "What the console holds against the page: exceptions, console.error, failed loads."
