@@ -476,7 +476,7 @@ def naming_accuracy(
     right = [any(n.lower() in a.lower() for n in d.names) for d, a in zip(subjects, said)]
     return sum(right)/len(right), [(d.name, a) for d, a, r in zip(subjects, said, right) if not r]
 
-# %% ../nbs/12_train_demo.ipynb #03e6e969
+# %% ../nbs/12_train_demo.ipynb #1d3f3d8b
 @torch.no_grad()
 def drift_in_words(
     mllm,            # the demo model
@@ -496,7 +496,7 @@ def drift_in_words(
         out.append(sum(logps)/len(logps))
     return tuple(out)
 
-# %% ../nbs/12_train_demo.ipynb #fec8fd19
+# %% ../nbs/12_train_demo.ipynb #9d112465
 def write_assets(
     eye: dict,    # from `eye_state`, projector replaced by that of `train_lora`
     lora: dict,   # from `train_lora`

@@ -41,12 +41,13 @@ def test_bad_pictures(tmp_path):
 def test_exception_in_block_leaves_model_unsteered(mllm):
     batch = mllm.prepare(["What is the capital of France?"])
     before = mllm.read(batch, [20])[20]
+    hooks = [len(layer._forward_hooks) for layer in mllm.layers], len(mllm.model._forward_pre_hooks)
     with pytest.raises(KeyError):
         with steer(mllm, ActAdd(torch.ones(mllm.d_model), 5)):
             assert not torch.equal(mllm.read(batch, [20])[20], before)
             raise KeyError
     assert torch.equal(mllm.read(batch, [20])[20], before)
-    assert not any(layer._forward_hooks for layer in mllm.layers) and not mllm.model._forward_pre_hooks
+    assert ([len(layer._forward_hooks) for layer in mllm.layers], len(mllm.model._forward_pre_hooks)) == hooks
 
 
 def test_other_width(mllm):
