@@ -6,13 +6,14 @@
 __all__ = ['SETTINGS', 'steer', 'positions', 'Prompting', 'ActAdd', 'check_width', 'MOP', 'control_code', 'Gate', 'DACO',
            'control', 'Kit', 'load_kit', 'load_sae', 'save_kit', 'make_methods']
 
-# %% ../nbs/08_steering.ipynb #920a33b8
+# %% ../nbs/08_steering.ipynb #fb11a6dc
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from fastcore.basics import patch
 
 from .annotation import annotate, load_labels
 from .demo import ASSETS
@@ -131,7 +132,7 @@ class Gate:
         gap = gap.masked_fill(~positions(where, self.roles), -2)
         return gap.topk(min(self.top, gap.shape[1]), dim=1).values.mean(1)
 
-# %% ../nbs/08_steering.ipynb #2c620dcb
+# %% ../nbs/08_steering.ipynb #1e0d5bd1
 @dataclass
 class DACO:
     "Dictionary-aligned concept control: drop undesirable atoms, add gamma times desirable ones."
@@ -146,26 +147,30 @@ class DACO:
     name: str = 'DACO'
     system = None
 
-    def edits(self, mllm):
-        check_width(mllm, self.sae.W_dec)
-        if self.gate and self.gate.D.layer > self.D.layer: raise ValueError(f'The gate reads layer {self.gate.D.layer}, above layer {self.D.layer}, where DACO writes: read lower')
-        state, g = {}, self.gate
-        def look(hidden, where):
-            if where.start == 0: state['open'] = g.score(hidden, where) > g.threshold
-            return hidden
-        def write(hidden, where): return self.control(hidden, where, state.get('open'))
-        def behave(hidden, where): return hidden + self.at(where, state.get('open'))[..., None]*self.gamma*self.late[1].to(hidden)
-        if g is None: edits = {self.D.layer: write}
-        elif g.D.layer < self.D.layer: edits = {g.D.layer: look, self.D.layer: write}
-        else: edits = {self.D.layer: lambda hidden, where: write(look(hidden, where), where)}
-        return edits | ({self.late[0]: behave} if self.late else {})
+# %% ../nbs/08_steering.ipynb #d527df41
+@patch
+def edits(self:DACO, mllm):
+    "A function per layer: look through the gate, write the control code, add the late behaviour."
+    check_width(mllm, self.sae.W_dec)
+    if self.gate and self.gate.D.layer > self.D.layer: raise ValueError(f'The gate reads layer {self.gate.D.layer}, above layer {self.D.layer}, where DACO writes: read lower')
+    state, g = {}, self.gate
+    def look(hidden, where):
+        if where.start == 0: state['open'] = g.score(hidden, where) > g.threshold
+        return hidden
+    def write(hidden, where): return self.control(hidden, where, state.get('open'))
+    def behave(hidden, where): return hidden + self.at(where, state.get('open'))[..., None]*self.gamma*self.late[1].to(hidden)
+    if g is None: edits = {self.D.layer: write}
+    elif g.D.layer < self.D.layer: edits = {g.D.layer: look, self.D.layer: write}
+    else: edits = {self.D.layer: lambda hidden, where: write(look(hidden, where), where)}
+    return edits | ({self.late[0]: behave} if self.late else {})
 
-    def at(self, where, is_open=None):
-        "Positions to write, of the prompts that are open."
-        at = positions(where, self.roles)
-        return at if is_open is None else at & is_open[:, None]
+@patch
+def at(self:DACO, where, is_open=None):
+    "Positions to write, of the prompts that are open."
+    at = positions(where, self.roles)
+    return at if is_open is None else at & is_open[:, None]
 
-# %% ../nbs/08_steering.ipynb #e1600df6
+# %% ../nbs/08_steering.ipynb #07f4c040
 def control(self,
     hidden: torch.Tensor, # raw `[batch, tokens, d]`
     where,                # `Where`
@@ -181,7 +186,7 @@ def control(self,
 
 DACO.control = control
 
-# %% ../nbs/08_steering.ipynb #e9d76366
+# %% ../nbs/08_steering.ipynb #bf64350e
 @dataclass
 class Kit:
     "Dictionaries and autoencoders of the layer that is read and of the layer that is written."
@@ -205,7 +210,7 @@ def load_sae(folder):
     "An autoencoder that takes standardised activations."
     return SAE.load(folder).unfold().eval().requires_grad_(False)
 
-# %% ../nbs/08_steering.ipynb #f5b2600e
+# %% ../nbs/08_steering.ipynb #56027d2e
 def save_kit(
     kit: Kit, # what to save
     folder    # where to
@@ -215,7 +220,7 @@ def save_kit(
         save_dictionary(getattr(kit, f'D_{at}'), Path(folder)/f'dictionary_{at}')
         getattr(kit, f'sae_{at}').save(Path(folder)/f'sae_{at}', overwrite=True)
 
-# %% ../nbs/08_steering.ipynb #74ac2e37
+# %% ../nbs/08_steering.ipynb #3425c08f
 SETTINGS = dict(act_strength=1., mop_strength=1., mop_k=16, paper_eta=.5, paper_gamma=1., eta=.4, gamma=1., threshold=.1, late_layer=16) # before tuning
 
 def make_methods(
