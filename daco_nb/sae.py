@@ -220,7 +220,7 @@ def _aux_k(
 # %% ../nbs/06_sae.ipynb #1e6d78bb
 @dataclass
 class Recipe:
-    "How to train an SAE: the keywords of `SAE.fit`."
+    "How to train an SAE: the keywords of *SAE.fit*."
     steps: int = 1000       # gradient steps
     batch: int = 256        # rows per step (of a tensor; an iterable brings its own batches)
     lr: float = 1e-3        # peak learning rate of Adam
@@ -398,7 +398,7 @@ def _step(
 
 # %% ../nbs/06_sae.ipynb #6548c350
 def _train(
-    sae: SAE, opt: torch.optim.Adam, idle: torch.Tensor, header: dict, r: Recipe, path: Path | None, # state; as in `fit`
+    sae: SAE, opt: torch.optim.Adam, idle: torch.Tensor, header: dict, r: Recipe, path: Path | None, # state; as in *fit*
     test: torch.Tensor, batches, bar: bool # held-out rows, step -> batches, progress bar
 ):
     "All steps that are left, with measurements and checkpoints."
