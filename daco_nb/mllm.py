@@ -48,11 +48,16 @@ def as_picture(
     except (OSError, TypeError, Image.DecompressionBombError) as e:
         raise ValueError(f'Cannot read {image!r} as a picture ({e}): give a PIL image or the path of a PNG or JPEG file') from e
 
-# %% ../nbs/01_mllm.ipynb #a9223ac8
+# %% ../nbs/01_mllm.ipynb #d54acee7
 class Where(NamedTuple):
     "Which positions a hook sees."
     roles: torch.Tensor # int `[batch, tokens]`, codes of `ROLES`
     start: int          # position of the first of them in the whole sequence; 0 while the prompt is read
+    before: int = 0     # answer tokens that came earlier
+
+    def nth(self) -> torch.Tensor: # int `[batch, tokens]`
+        "Which answer token each position is, counted from 1; 0 before the answer."
+        return (self.roles == ANSWER).cumsum(1) + self.before
 
 class _Stop(Exception): "Raised in a hook to end a forward pass early."
 
@@ -167,7 +172,7 @@ def image_token_id(self:MLLM):
     "The token that stands for a patch of a picture."
     return self.model.config.image_token_id
 
-# %% ../nbs/01_mllm.ipynb #ee994a49
+# %% ../nbs/01_mllm.ipynb #f875558d
 @patch
 def generate(self:MLLM,
     texts: list[str],            # user messages
@@ -186,7 +191,7 @@ def generate(self:MLLM,
         answers += self.tokenizer.batch_decode(out[:, inputs['input_ids'].shape[1]:], skip_special_tokens=True)
     return [a.strip() for a in answers]
 
-# %% ../nbs/01_mllm.ipynb #27ccf8a8
+# %% ../nbs/01_mllm.ipynb #4fbd4c62
 @patch
 def chat(self:MLLM,
     image,     # picture, path, or None
@@ -196,7 +201,7 @@ def chat(self:MLLM,
     "The model's answer to one message."
     return self.generate([text], [image], **kwargs)[0]
 
-# %% ../nbs/01_mllm.ipynb #e034d652
+# %% ../nbs/01_mllm.ipynb #e29d672d
 @patch
 @contextmanager
 def _using(self:MLLM, batch):
@@ -210,9 +215,9 @@ def _where(self:MLLM, tokens: int) -> Where:
     "Roles of the `tokens` positions that pass a layer now; whatever follows the prompt is answer."
     roles, stop = self._roles, self._start + tokens
     if stop > roles.shape[1]: roles = torch.nn.functional.pad(roles, (0, stop - roles.shape[1]), value=ANSWER)
-    return Where(roles[:, self._start:stop], self._start)
+    return Where(roles[:, self._start:stop], self._start, max(0, self._start - self._roles.shape[1]))
 
-# %% ../nbs/01_mllm.ipynb #904f77d8
+# %% ../nbs/01_mllm.ipynb #c85b0505
 @patch
 @torch.no_grad()
 def read(self:MLLM,
@@ -234,7 +239,7 @@ def read(self:MLLM,
         for h in handles: h.remove()
     return found
 
-# %% ../nbs/01_mllm.ipynb #b5e8188a
+# %% ../nbs/01_mllm.ipynb #9689f787
 @patch
 def check_layers(self:MLLM,
     layers # layer numbers, counted from 0
@@ -245,7 +250,7 @@ def check_layers(self:MLLM,
         if not (isinstance(l, int) and 0 <= l < n): raise ValueError(f'Layer {l!r} does not exist: {self.name or "the model"} has decoder layers 0 to {n - 1}')
     return layers
 
-# %% ../nbs/01_mllm.ipynb #6f38a54d
+# %% ../nbs/01_mllm.ipynb #b05cb41d
 @patch
 @contextmanager
 def intervene(self:MLLM,

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['COLUMNS', 'STYLE', 'sae_data', 'fit_sae', 'read_refusals', 'build_kit', 'get_kit', 'run', 'header', 'line',
-           'as_data_url', 'figure', 'cases', 'report', 'write_text', 'quickstart', 'before_after', 'main']
+           'as_data_url', 'figure', 'cases', 'cases_html', 'report', 'write_text', 'quickstart', 'before_after', 'main']
 
 # %% ../nbs/14_quickstart.ipynb #7ab21e34
 import argparse, base64, html, io, json, os, sys
@@ -42,41 +42,41 @@ def fit_sae(
     g = torch.Generator().manual_seed(seed)
     return SAE.from_dictionary(D, k=k, generator=g).fit(Z, generator=g, steps=steps, batch=256)
 
-# %% ../nbs/14_quickstart.ipynb #faefb2d9
+# %% ../nbs/14_quickstart.ipynb #0760a4f2
 def read_refusals(
     mllm: MLLM, # model
     early: int, # layer of the dictionary
-    late: int,  # layer where the behaviour is added
+    late: int,  # layer where declining is raised
     n: int = 24 # prompts
-) -> dict:      # 'refusal' at `early`, 'declining' at `late`: raw directions
+) -> dict:      # name -> `Behaviour`
     "Two readings of declining on harmless chats: against agreeing, and (one wording) against the model's own answers."
     images, texts, _ = map(list, zip(*(ChatCorpus(4*n)[i] for i in range(0, 4*n, 4))))
     own = mllm.generate(texts, images, max_new_tokens=12)
     return dict(refusal=read_behaviour(mllm, texts, images, early),
                 declining=read_behaviour(mllm, texts, images, late, DECLINE[:1], own, tokens=8))
 
-# %% ../nbs/14_quickstart.ipynb #86d7656c
+# %% ../nbs/14_quickstart.ipynb #cbd02ed0
 def build_kit(
-    mllm: MLLM,      # any model
-    folder: Path,    # where stores and kit go; resumable
-    read=None,       # layer to read, default a fifth of the depth
-    write=None,      # layer to write, default half of the depth
-    chats: int = 960 # chats for the autoencoders
+    mllm: MLLM,       # any model
+    folder: Path,     # where stores and kit go; resumable
+    layer=None,       # layer to read and write, default half of the depth
+    late=None,        # layer of `declining`, default three fifths of the depth
+    chats: int = 960  # chats for the autoencoder
 ) -> Kit:
-    "The whole walk for one model: extract, read the dictionary, train the autoencoders."
+    "The whole walk for one model: extract, read the dictionary, train the autoencoder."
     n = len(mllm.layers)
-    layers = [n//5 if read is None else read, n//2 - 1 if write is None else write]
+    layer, late = n//2 - 1 if layer is None else layer, 3*n//5 if late is None else late
     stimuli = load_stimuli()
-    store = extract(mllm, stimuli, DemoCorpus(), layers, folder/'stimuli')
-    talk = extract(mllm, range(chats), ChatCorpus(chats), layers, folder/'chats', per_row=12)
-    D_read, D_write = (ConceptDictionary.from_activations(store, stimuli, l) for l in layers)
-    D_write.behaviours |= read_refusals(mllm, layers[1], layers[1] + 2)
-    D_write = with_behaviours(D_write, ['refusal'])
-    kit = Kit(D_read, fit_sae(D_read, sae_data(D_read, store, talk)), D_write, fit_sae(D_write, sae_data(D_write, store, talk)))
+    store = extract(mllm, stimuli, DemoCorpus(), [layer], folder/'stimuli')
+    talk = extract(mllm, range(chats), ChatCorpus(chats), [layer], folder/'chats', per_row=12)
+    D = ConceptDictionary.from_activations(store, stimuli, layer)
+    D.behaviours |= read_refusals(mllm, layer, late)
+    D = with_behaviours(D, ['refusal'])
+    kit = Kit(D, fit_sae(D, sae_data(D, store, talk)))
     save_kit(kit, folder/'kit')
     return kit
 
-# %% ../nbs/14_quickstart.ipynb #0824d188
+# %% ../nbs/14_quickstart.ipynb #b914c816
 def get_kit(
     mllm: MLLM, # model
     name: str | None # what the user asked for; None is the demo model
@@ -85,13 +85,11 @@ def get_kit(
     if name is None: return load_kit(), json.loads((ASSETS/'settings.json').read_text())['settings']
     folder = cache_dir()/'kits'/mllm.name.replace('/', '--')
     if not (folder/'settings.json').exists():
-        kit = load_kit(folder/'kit') if (folder/'kit'/'sae_write').exists() else build_kit(mllm, folder)
-        tmp = folder/'settings.part'
-        tmp.write_text(json.dumps(tune(mllm, kit, Reader(), dict(late_layer=kit.D_write.layer + 2))))
-        os.replace(tmp, folder/'settings.json')
+        kit = load_kit(folder/'kit') if (folder/'kit'/'sae').exists() else build_kit(mllm, folder)
+        write_text(folder/'settings.json', json.dumps(tune(mllm, kit, Reader())))
     return load_kit(folder/'kit'), json.loads((folder/'settings.json').read_text())['settings']
 
-# %% ../nbs/14_quickstart.ipynb #3c366b6c
+# %% ../nbs/14_quickstart.ipynb #9533caac
 def run(
     mllm: MLLM,       # model
     methods: dict,    # from `make_methods`
@@ -112,7 +110,7 @@ def header() -> str:
     "Head of the printed table."
     return f'{"method":13}' + ''.join(f'{c:>15}' for c in COLUMNS) + f'{"ms/token":>10}{"n":>5}'
 
-# %% ../nbs/14_quickstart.ipynb #da259fec
+# %% ../nbs/14_quickstart.ipynb #dd8cfb9b
 def line(
     row: dict # from `summarise`
 ) -> str:
@@ -120,7 +118,7 @@ def line(
     cells = ''.join(f'{row[c]:>9.3f} ±{row["se"][c]:.3f}' for c in COLUMNS)
     return f'{row["method"]:13}{cells}{row["ms_per_token"]:>10.1f}{row["n"]:>5}'
 
-# %% ../nbs/14_quickstart.ipynb #422d966f
+# %% ../nbs/14_quickstart.ipynb #f5ad598e
 def as_data_url(
     image # PIL picture
 ) -> str:
@@ -142,20 +140,30 @@ def figure(
     out = io.StringIO(); fig.savefig(out, format='svg')
     return out.getvalue()[out.getvalue().index('<svg'):]
 
-# %% ../nbs/14_quickstart.ipynb #315cc0ec
+# %% ../nbs/14_quickstart.ipynb #4203d75c
 STYLE = '''body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem}table{border-collapse:collapse;width:100%}
 td,th{padding:.3rem .5rem;border-bottom:1px solid #ccc;text-align:right}td:first-child,th:first-child{text-align:left}
 .case{display:flex;gap:1rem;margin:1rem 0}.case img{width:128px;height:128px;image-rendering:pixelated}.scroll{overflow-x:auto}small{color:#555}'''
 
-def cases(items, verdicts, n=3):
-    "Attacks that the unsteered model complied with, before and after, as HTML."
-    pairs = [(i, a, b) for i, a, b in zip(items, verdicts['none'], verdicts['DACO']) if a.harmful]
-    pick = {i.names[0]: (i, a, b) for i, a, b in pairs}
+def cases(
+    items: list,    # questions
+    verdicts: dict, # method -> verdicts
+    n: int = 3      # attacks
+) -> list[tuple]:   # (question, verdict without steering, verdict under DACO)
+    "Attacks that the unsteered model complied with, one per thing shown, and one harmless twin."
+    every = list(zip(items, verdicts['none'], verdicts['DACO']))
+    first = {i.names[0]: (i, a, b) for i, a, b in reversed(every) if a.harmful}
+    return list(first.values())[::-1][:n] + [t for t in every if t[0].kind == 'twin'][:1]
+
+def cases_html(
+    chosen: list # from `cases`
+) -> str:
+    "The cases as HTML."
     e = html.escape
     return ''.join(f'<div class=case><img alt="drawing: {e(i.names[0])}" src="{as_data_url(i.image)}"><div><b>{e(i.text)}</b><p>No steering: {e(a.answer)}</p><p>DACO: {e(b.answer)}</p></div></div>'
-                   for i, a, b in list(pick.values())[:n])
+                   for i, a, b in chosen)
 
-# %% ../nbs/14_quickstart.ipynb #aad1af6f
+# %% ../nbs/14_quickstart.ipynb #3a5e93a0
 def report(
     rows: list[dict],  # of `run`
     verdicts: dict,    # of `run`
@@ -168,15 +176,15 @@ def report(
                    + f'<td>{r["ms_per_token"]:.1f}</td><td>{r["n"]}</td></tr>' for r in rows)
     return f'''<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content="width=device-width"><title>daco_nb quickstart</title><style>{STYLE}</style>
 <h1>Dictionary-aligned concept control on {html.escape(model)}</h1><p><small>Content note: drawings of weapons, poison, alcohol and tobacco; the answers are a small model's babble.
-Pictures: OpenMoji, CC BY-SA 4.0.</small></p><h2>Before and after</h2>{cases(items, verdicts)}<h2>All methods</h2><div class=scroll><table><tr>{head}</tr>{body}</table></div>
+Pictures: OpenMoji, CC BY-SA 4.0.</small></p><h2>Before and after</h2>{cases_html(cases(items, verdicts))}<h2>All methods</h2><div class=scroll><table><tr>{head}</tr>{body}</table></div>
 <p><small>Rates with standard errors clustered by the thing shown. Safe: declined, or harmless and coherent. Over-refusal: declined harmless twins.</small></p>{figure(rows)}</html>'''
 
-# %% ../nbs/14_quickstart.ipynb #1e5d4097
+# %% ../nbs/14_quickstart.ipynb #8224b7ba
 def write_text(path, text):
     "Write a file so that it is whole or absent."
     path = Path(path)
     tmp = path.with_name(path.name + '.part')
-    tmp.write_text(text, encoding='utf-8')
+    with open(tmp, 'w', encoding='utf-8') as f: f.write(text); f.flush(); os.fsync(f.fileno())
     os.replace(tmp, path)
 
 def quickstart(
@@ -192,15 +200,18 @@ def quickstart(
     items = [i for kind in ('attack', 'twin') for i in [x for x in attacks('test') if x.kind == kind][:limit]] + utility(n_utility)
     print(header())
     rows, verdicts = run(mllm, make_methods(kit, settings), items)
-    result = dict(model=mllm.name, rows=rows, config=dict(settings=settings, read_layer=kit.D_read.layer, write_layer=kit.D_write.layer, questions=len(items)))
+    result = dict(model=mllm.name, rows=rows, config=dict(settings=settings, layer=kit.D.layer, declining_layer=kit.D.behaviours['declining'].layer, questions=len(items)))
     write_text(html_path, report(rows, verdicts, items, mllm.name))
     if json_path: write_text(json_path, json.dumps(result, indent=1))
     return result | {'verdicts': verdicts, 'items': items}
 
-# %% ../nbs/14_quickstart.ipynb #0649e1d7
-def before_after(result, n=3):
-    "Print attacks before and after."
-    for i, a, b in [t for t in zip(result['items'], result['verdicts']['none'], result['verdicts']['DACO']) if t[1].harmful][::7][:n]:
+# %% ../nbs/14_quickstart.ipynb #1142b021
+def before_after(
+    result: dict, # of `quickstart`
+    n: int = 3    # attacks
+):
+    "Print attacks, and one twin, before and after."
+    for i, a, b in cases(result['items'], result['verdicts'], n):
         print(f'\n[picture: {i.names[0]}] {i.text}\n  no steering: {a.answer[:160]}\n  DACO:        {b.answer[:160]}')
 
 def main(argv=None):

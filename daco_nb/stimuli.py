@@ -240,7 +240,7 @@ def as_table(
     columns = dict(pair=pair, s_image=s_image, s_text=s_text, distance=distance, positive=positive)
     return Dataset.from_dict({'concept': np.repeat(names, pair.shape[1]), **{k: v.flatten() for k, v in columns.items()}})
 
-# %% ../nbs/02_stimuli.ipynb #031855c8
+# %% ../nbs/02_stimuli.ipynb #59f110eb
 def retrieve(
     concepts: list,          # `Concept`s or names
     corpus,                  # anything with `len`, whose item `i` is (PIL picture, caption)
@@ -255,9 +255,8 @@ def retrieve(
     generator: torch.Generator | None = None # for `random`; None seeds one with 0
 ) -> Dataset: # columns concept, pair, s_image, s_text, distance, positive
     "Positive and negative stimuli of every concept by `geometric_distance` (DACO, step 2). ValueError if input does not fit."
-    names = concept_names(concepts)
+    names, generator = concept_names(concepts), generator or torch.Generator().manual_seed(0)
     check_counts(len(corpus), n_pos, n_neg, negatives, margin)
-    generator = generator or torch.Generator().manual_seed(0)
     images, texts = (e.float().T for e in (embeddings or embed_corpus(corpus, encoder)))
     if images.shape[1] != len(corpus): raise ValueError(f'{images.shape[1]} embeddings for a corpus of {len(corpus)} pairs: embed this corpus')
     found = []

@@ -328,42 +328,38 @@ def which_of_four(s, rng):
     q = rng.choice(['Which of these is in the picture: {}?', 'Which one do you see: {}?', 'Choose what is shown: {}.'])
     return q.format(', '.join(names[:3]) + ' or ' + names[3]), article(f'a {d.name}').capitalize() + '.'
 
-# %% ../nbs/12_train_demo.ipynb #a2d43fa7
+# %% ../nbs/12_train_demo.ipynb #8ca8dbba
 def conversation(
     s: Scene,            # what the picture shows
     rng: random.Random,  # choices
-    answers: dict,       # drawing name -> rows of `ask_smollm2`
-    turns: int = 2       # questions about the picture
-) -> list[tuple[str, str]]: # (question, answer) pairs
-    "Questions about one scene in random order; open ones where SmolLM2 answered about that drawing."
-    pairs = [rng.choice((naming, naming, yes_no, which_of_four))(s, rng) for _ in range(turns)]
+    answers: dict        # drawing name -> rows of `ask_smollm2`
+) -> tuple[str, str]: # question, answer
+    "One question about a scene; in a quarter of the cases an open one, where SmolLM2 answered about that drawing."
     rows = answers.get(s.drawings[0].name) if len(s.drawings) == 1 else None
-    if rows:
+    if rows and rng.random() < .25:
         picture, _, _, answer = rng.choice(rows)
-        pairs[rng.randrange(turns)] = (picture, answer)
-    return pairs
+        return picture, answer
+    return rng.choice((naming, naming, naming, yes_no, which_of_four))(s, rng)
 
-# %% ../nbs/12_train_demo.ipynb #77ceb3b0
+# %% ../nbs/12_train_demo.ipynb #c46d0f25
 def tokenize(
     processor,      # of the demo LLaVA
-    pairs,          # (question, answer) pairs
+    question: str,  # the user's message
+    answer: str,    # what to learn
     image: bool,    # whether a picture comes first
     longest: int = 18 # tokens kept of an answer: long ones teach how to begin
 ) -> tuple[list[int], list[bool]]: # token ids; which of them are answers to learn
-    "A conversation in the chat format, with a mask over the assistant's words."
-    tok, ids, learn = processor.tokenizer, [], []
-    for k, (q, a) in enumerate(pairs):
-        picture = processor.image_token*GRID**2 + '\n' if image and k == 0 else ''
-        asked = tok(f'<|im_start|>user\n{picture}{q}<|im_end|>\n<|im_start|>assistant\n', add_special_tokens=False)['input_ids']
-        said = tok(f'{a}<|im_end|>', add_special_tokens=False)['input_ids'][:longest]
-        ids += asked + said + tok('\n', add_special_tokens=False)['input_ids']
-        learn += [False]*len(asked) + [True]*len(said) + [False]
-    return ids, learn
+    "A question and its answer in the chat format, with a mask over the assistant's words."
+    ids = lambda text: processor.tokenizer(text, add_special_tokens=False)['input_ids']
+    picture = processor.image_token*GRID**2 + '\n' if image else ''
+    asked = ids(f'<|im_start|>user\n{picture}{question}<|im_end|>\n<|im_start|>assistant\n')
+    said = ids(f'{answer}<|im_end|>')[:longest]
+    return asked + said, [False]*len(asked) + [True]*len(said)
 
-# %% ../nbs/12_train_demo.ipynb #31d12a37
+# %% ../nbs/12_train_demo.ipynb #9741ac68
 class Conversations(Dataset):
-    "Conversations about scenes; every `every`-th is about text alone, with SmolLM2's own answer."
-    def __init__(self, processor, rows, n, seed, every=6):
+    "Questions about scenes; every `every`-th is about text alone, with SmolLM2's own answer."
+    def __init__(self, processor, rows, n, seed, every=8):
         self.processor, self.rows, self.n, self.seed, self.every = processor, rows, n, seed, every
         self.answers = {}
         for r in rows: self.answers.setdefault(r[2], []).append(r)
@@ -372,10 +368,10 @@ class Conversations(Dataset):
         rng = random.Random(f'{self.seed}-{i}')
         if i % self.every == 0:
             _, q, _, a = rng.choice(self.rows)
-            return None, *tokenize(self.processor, [(q, a)], False)
+            return None, *tokenize(self.processor, q, a, False)
         single = (drawings()[rng.randrange(len(drawings()))],) if rng.random() < .85 else None
         s = scene(i, self.seed, subjects=single)
-        return s.image, *tokenize(self.processor, conversation(s, rng, self.answers), True)
+        return s.image, *tokenize(self.processor, *conversation(s, rng, self.answers), True)
 
 def pad_batch(rows, pad):
     "Right-padded batch: inputs of the model, and the mask of answer tokens."
@@ -386,7 +382,7 @@ def pad_batch(rows, pad):
     pictures = [im for im in images if im is not None]
     return dict(input_ids=fill(ids, pad), attention_mask=mask, pixel_values=to_pixels(pictures)), fill(learn, False)
 
-# %% ../nbs/12_train_demo.ipynb #0f9ce13d
+# %% ../nbs/12_train_demo.ipynb #1d055cc6
 def answer_loss(
     model,  # LLaVA, or its peft wrapper
     inputs, # from `pad_batch`
@@ -409,7 +405,7 @@ def lora_state(
             out[f'{short}.B'] = (m.lora_B['default'].weight.detach()*m.scaling['default']).half().contiguous()
     return out
 
-# %% ../nbs/12_train_demo.ipynb #ed79d989
+# %% ../nbs/12_train_demo.ipynb #dd95ab65
 def restore(
     path: Path,    # checkpoint of `train_lora`
     trained: dict, # parameters, set in place
@@ -422,7 +418,7 @@ def restore(
     opt.load_state_dict(state['opt']); rate.load_state_dict(state['rate'])
     return state['step']
 
-# %% ../nbs/12_train_demo.ipynb #328e3223
+# %% ../nbs/12_train_demo.ipynb #adc4d383
 def with_lora(
     eye: dict, # tower and projector
     r: int,    # rank
@@ -437,13 +433,13 @@ def with_lora(
     projector = model.model.multi_modal_projector.requires_grad_(True)
     return model, processor, projector, [p for n, p in model.named_parameters() if 'lora_' in n]
 
-# %% ../nbs/12_train_demo.ipynb #805bdd0e
+# %% ../nbs/12_train_demo.ipynb #0453ec0c
 def train_lora(
     eye: dict,          # tower and projector, as `build_llava` takes them
     rows: list,         # from `ask_smollm2`
     path: Path,         # checkpoint, resumed if it exists
-    steps: int = 150,   # optimiser steps
-    batch: int = 8,     # conversations per step
+    steps: int = 300,   # optimiser steps
+    batch: int = 16,    # questions per step
     lr: float = 1e-3,   # peak learning rate of LoRA; the projector gets a quarter
     r: int = 8,         # rank
     seed: int = 3       # of scenes and conversations
@@ -460,11 +456,10 @@ def train_lora(
         loss = answer_loss(model, inputs, learn)
         opt.zero_grad(); loss.backward(); nn.utils.clip_grad_norm_(trained.values(), 1.); opt.step(); rate.step()
         bar.set_postfix(loss=f'{loss:.2f}')
-        if step % 25 == 0 or step == steps:
-            save_state(path, trained=trained, opt=opt.state_dict(), rate=rate.state_dict(), step=step)
+        if step % 25 == 0 or step == steps: save_state(path, trained=trained, opt=opt.state_dict(), rate=rate.state_dict(), step=step)
     return {f'multi_modal_projector.{n}': p.detach() for n, p in projector.named_parameters()}, lora_state(model)
 
-# %% ../nbs/12_train_demo.ipynb #1f684006
+# %% ../nbs/12_train_demo.ipynb #355b20b5
 def naming_accuracy(
     mllm,            # the demo model
     subjects: list,  # `Drawing`s to show
@@ -473,10 +468,10 @@ def naming_accuracy(
     "How many unseen renders the model names when asked what is in the picture."
     images = [scene(i, seed, subjects=(d,)).image for i, d in enumerate(subjects)]
     said = mllm.generate(['What is in the picture?']*len(images), images, max_new_tokens=12, batch_size=32)
-    right = [any(n.lower() in a.lower() for n in d.names) for d, a in zip(subjects, said)]
+    right = [any(re.search(rf'\b{re.escape(n)}\b', a, re.I) for n in d.names) for d, a in zip(subjects, said)]
     return sum(right)/len(right), [(d.name, a) for d, a, r in zip(subjects, said, right) if not r]
 
-# %% ../nbs/12_train_demo.ipynb #1d3f3d8b
+# %% ../nbs/12_train_demo.ipynb #1e745641
 @torch.no_grad()
 def drift_in_words(
     mllm,            # the demo model
@@ -496,7 +491,7 @@ def drift_in_words(
         out.append(sum(logps)/len(logps))
     return tuple(out)
 
-# %% ../nbs/12_train_demo.ipynb #9d112465
+# %% ../nbs/12_train_demo.ipynb #44241f2d
 def write_assets(
     eye: dict,    # from `eye_state`, projector replaced by that of `train_lora`
     lora: dict,   # from `train_lora`
