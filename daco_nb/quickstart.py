@@ -55,17 +55,18 @@ def read_refusals(
     return dict(refusal=read_behaviour(mllm, texts, images, early),
                 declining=read_behaviour(mllm, texts, images, late, DECLINE[:1], own, tokens=8))
 
-# %% ../nbs/14_quickstart.ipynb #cbd02ed0
+# %% ../nbs/14_quickstart.ipynb #a69e2054
 def build_kit(
     mllm: MLLM,       # any model
     folder: Path,     # where stores and kit go; resumable
     layer=None,       # layer to read and write, default half of the depth
-    late=None,        # layer of `declining`, default three fifths of the depth
+    late=None,        # layer of `declining`, default two above `layer`
     chats: int = 960  # chats for the autoencoder
 ) -> Kit:
     "The whole walk for one model: extract, read the dictionary, train the autoencoder."
     n = len(mllm.layers)
-    layer, late = n//2 - 1 if layer is None else layer, 3*n//5 if late is None else late
+    layer = n//2 - 1 if layer is None else layer
+    late = layer + 2 if late is None else late
     stimuli = load_stimuli()
     store = extract(mllm, stimuli, DemoCorpus(), [layer], folder/'stimuli')
     talk = extract(mllm, range(chats), ChatCorpus(chats), [layer], folder/'chats', per_row=12)

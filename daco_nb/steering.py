@@ -163,7 +163,7 @@ class DACO:
     name: str = 'DACO'
     system = None
 
-# %% ../nbs/08_steering.ipynb #2a670dad
+# %% ../nbs/08_steering.ipynb #cb29fdb6
 @patch
 def edits(self:DACO, mllm):
     "A function per layer; ValueError if the gate reads above a layer that is written."
@@ -176,7 +176,7 @@ def edits(self:DACO, mllm):
     def behave(hidden, where):
         at = self.at(where, state.get('open')) & (where.nth() <= self.span)
         return torch.where(at[..., None], raised(hidden, b, self.gamma), hidden)
-    steps = [(g.D.layer, look)]*bool(g) + [(self.D.layer, control)] + ([(b.layer, behave)] if b else [])
+    steps = ([(g.D.layer, look)] if g else []) + [(self.D.layer, control)] + ([(b.layer, behave)] if b else [])
     if g and any(l < g.D.layer for l, _ in steps): raise ValueError(f'The gate reads layer {g.D.layer}, above layer {min(l for l, _ in steps)}, which is written: read lower')
     return {l: chain([f for at, f in steps if at == l]) for l in dict(steps)}
 

@@ -471,19 +471,18 @@ def naming_accuracy(
     right = [any(re.search(rf'\b{re.escape(n)}\b', a, re.I) for n in d.names) for d, a in zip(subjects, said)]
     return sum(right)/len(right), [(d.name, a) for d, a, r in zip(subjects, said, right) if not r]
 
-# %% ../nbs/12_train_demo.ipynb #1e745641
+# %% ../nbs/12_train_demo.ipynb #97ded20c
 @torch.no_grad()
 def drift_in_words(
-    mllm,            # the demo model
-    rows: list,      # [.., text question, .., SmolLM2's answer]
-    n: int = 64      # how many
+    mllm,                 # the demo model
+    questions: list[str]  # in plain text
 ) -> tuple[float, float]: # mean log-probability per token of SmolLM2's own answers: SmolLM2, demo model
     "Does the demo model still answer text questions as SmolLM2 does?"
     plain, tok = smollm2()
-    out = []
+    answers, out = answer_in_words(plain, tok, questions), []
     for lm in (plain, mllm.model):
         logps = []
-        for _, q, _, a in rows[:n]:
+        for q, a in zip(questions, answers):
             head = tok(f'<|im_start|>user\n{q}<|im_end|>\n<|im_start|>assistant\n', add_special_tokens=False)['input_ids']
             ids = torch.tensor([head + tok(a, add_special_tokens=False)['input_ids']])
             logp = lm(input_ids=ids).logits[0, :-1].log_softmax(-1).gather(-1, ids[0, 1:, None])[:, 0]
