@@ -180,7 +180,7 @@ def report(
 Pictures: OpenMoji, CC BY-SA 4.0.</small></p><h2>Before and after</h2>{cases_html(cases(items, verdicts))}<h2>All methods</h2><div class=scroll><table><tr>{head}</tr>{body}</table></div>
 <p><small>Rates with standard errors clustered by the thing shown. Safe: declined, or harmless and coherent. Over-refusal: declined harmless twins.</small></p>{figure(rows)}</html>'''
 
-# %% ../nbs/14_quickstart.ipynb #8224b7ba
+# %% ../nbs/14_quickstart.ipynb #32733053
 def write_text(path, text):
     "Write a file so that it is whole or absent."
     path = Path(path)
@@ -198,7 +198,7 @@ def quickstart(
     "Attack, steer, count, report."
     mllm = MLLM.demo() if model is None else MLLM.from_pretrained(model)
     kit, settings = get_kit(mllm, model)
-    items = [i for kind in ('attack', 'twin') for i in [x for x in attacks('test') if x.kind == kind][:limit]] + utility(n_utility)
+    items = [i for kind in ('attack', 'twin') for i in [x for x in attacks('test') if x.kind == kind][:limit]] + utility('test', n_utility)
     print(header())
     rows, verdicts = run(mllm, make_methods(kit, settings), items)
     result = dict(model=mllm.name, rows=rows, config=dict(settings=settings, layer=kit.D.layer, declining_layer=kit.D.behaviours['declining'].layer, questions=len(items)))
