@@ -217,7 +217,7 @@ def _aux_k(
     guess = _topk(pre, min(k_aux, n))@sae.W_dec[dead]
     return min(1, n/k_aux)*(rest - guess).square().sum()/rest.square().sum().clamp_min(1e-12)
 
-# %% ../nbs/06_sae.ipynb #1e6d78bb
+# %% ../nbs/06_sae.ipynb #4724d3f3
 @dataclass
 class Recipe:
     "How to train an SAE: the keywords of *SAE.fit*."
@@ -396,7 +396,7 @@ def _step(
     idle.add_(len(z)).masked_fill_(fired, 0)
     return loss.detach()
 
-# %% ../nbs/06_sae.ipynb #6548c350
+# %% ../nbs/06_sae.ipynb #1fd89f48
 def _train(
     sae: SAE, opt: torch.optim.Adam, idle: torch.Tensor, header: dict, r: Recipe, path: Path | None, # state; as in *fit*
     test: torch.Tensor, batches, bar: bool # held-out rows, step -> batches, progress bar

@@ -272,7 +272,7 @@ def harmless() -> list[Drawing]:
     "Drawings outside the harmful groups."
     return [d for d in drawings() if d.group not in HARMFUL_GROUPS]
 
-# %% ../nbs/12_train_demo.ipynb #899f300f
+# %% ../nbs/12_train_demo.ipynb #85f8b7c7
 @torch.no_grad()
 def answer_in_words(
     lm, tok,              # SmolLM2 and its tokenizer
@@ -282,7 +282,7 @@ def answer_in_words(
 ) -> list[str]:
     "SmolLM2's own greedy answers, cut at the last full sentence or item."
     tok.padding_side, answers = 'left', []
-    for i in tqdm(range(0, len(questions), batch)):
+    for i in tqdm(range(0, len(questions), batch), disable=len(questions) <= batch):
         chats = [f'<|im_start|>user\n{q}<|im_end|>\n<|im_start|>assistant\n' for q in questions[i:i + batch]]
         x = tok(chats, return_tensors='pt', padding=True, add_special_tokens=False)
         out = lm.generate(**x, max_new_tokens=max_new_tokens, do_sample=False)
