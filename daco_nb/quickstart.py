@@ -4,24 +4,24 @@
 
 # %% auto #0
 __all__ = ['COLUMNS', 'STYLE', 'sae_data', 'fit_sae', 'read_refusals', 'build_kit', 'get_kit', 'run', 'header', 'line',
-           'as_data_url', 'figure', 'cases', 'cases_html', 'report', 'write_text', 'quickstart', 'before_after', 'main']
+           'as_data_url', 'figure', 'cases', 'cases_html', 'report', 'write_text', 'finite', 'quickstart',
+           'before_after', 'main']
 
-# %% ../nbs/14_quickstart.ipynb #7ab21e34
+# %% ../nbs/14_quickstart.ipynb #edf2d7b9
 import argparse, base64, html, io, json, os, sys
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from matplotlib.figure import Figure
 
 from .activations import extract
-from .demo import ASSETS, DemoEncoder, cache_dir
+from .demo import ASSETS, cache_dir
 from .dictionary import DECLINE, ChatCorpus, ConceptDictionary, read_behaviour, with_behaviours
 from .evaluation import Reader, attacks, evaluate, summarise, tune, utility
 from .mllm import MLLM
 from .sae import SAE
 from .steering import Kit, load_kit, make_methods, save_kit
-from .stimuli import DemoCorpus, load_concepts, load_stimuli
+from .stimuli import DemoCorpus, load_stimuli
 
 # %% ../nbs/14_quickstart.ipynb #e59cd9bc
 def sae_data(
@@ -42,7 +42,7 @@ def fit_sae(
     g = torch.Generator().manual_seed(seed)
     return SAE.from_dictionary(D, k=k, generator=g).fit(Z, generator=g, steps=steps, batch=256)
 
-# %% ../nbs/14_quickstart.ipynb #0760a4f2
+# %% ../nbs/14_quickstart.ipynb #4fe13c84
 def read_refusals(
     mllm: MLLM, # model
     early: int, # layer of the dictionary
@@ -50,7 +50,8 @@ def read_refusals(
     n: int = 24 # prompts
 ) -> dict:      # name -> `Behaviour`
     "Two readings of declining on harmless chats: against agreeing, and (one wording) against the model's own answers."
-    images, texts, _ = map(list, zip(*(ChatCorpus(4*n)[i] for i in range(0, 4*n, 4))))
+    chats = ChatCorpus(4*n)
+    images, texts, _ = map(list, zip(*(chats[i] for i in range(0, 4*n, 4))))
     own = mllm.generate(texts, images, max_new_tokens=12)
     return dict(refusal=read_behaviour(mllm, texts, images, early),
                 declining=read_behaviour(mllm, texts, images, late, DECLINE[:1], own, tokens=8))
@@ -77,14 +78,14 @@ def build_kit(
     save_kit(kit, folder/'kit')
     return kit
 
-# %% ../nbs/14_quickstart.ipynb #b914c816
+# %% ../nbs/14_quickstart.ipynb #5351d820
 def get_kit(
     mllm: MLLM, # model
     name: str | None # what the user asked for; None is the demo model
 ): # (Kit, settings)
     "The shipped kit for the demo model; for any other, one built (once) in the cache and tuned on validation."
     if name is None: return load_kit(), json.loads((ASSETS/'settings.json').read_text())['settings']
-    folder = cache_dir()/'kits'/mllm.name.replace('/', '--')
+    folder = cache_dir()/'kits'/(str(Path(name).resolve()) if Path(name).exists() else name).strip('/').replace('/', '--')
     if not (folder/'settings.json').exists():
         kit = load_kit(folder/'kit') if (folder/'kit'/'sae').exists() else build_kit(mllm, folder)
         write_text(folder/'settings.json', json.dumps(tune(mllm, kit, Reader())))
@@ -180,13 +181,19 @@ def report(
 Pictures: OpenMoji, CC BY-SA 4.0.</small></p><h2>Before and after</h2>{cases_html(cases(items, verdicts))}<h2>All methods</h2><div class=scroll><table><tr>{head}</tr>{body}</table></div>
 <p><small>Rates with standard errors clustered by the thing shown. Safe: declined, or harmless and coherent. Over-refusal: declined harmless twins.</small></p>{figure(rows)}</html>'''
 
-# %% ../nbs/14_quickstart.ipynb #32733053
+# %% ../nbs/14_quickstart.ipynb #030793b8
 def write_text(path, text):
     "Write a file so that it is whole or absent."
     path = Path(path)
     tmp = path.with_name(path.name + '.part')
     with open(tmp, 'w', encoding='utf-8') as f: f.write(text); f.flush(); os.fsync(f.fileno())
     os.replace(tmp, path)
+
+def finite(x):
+    "The same with NaN as None, since JSON has no NaN."
+    if isinstance(x, dict): return {k: finite(v) for k, v in x.items()}
+    if isinstance(x, list): return [finite(v) for v in x]
+    return None if x != x else x
 
 def quickstart(
     model: str | None = None,  # hub name or folder; None is the demo model
@@ -198,12 +205,13 @@ def quickstart(
     "Attack, steer, count, report."
     mllm = MLLM.demo() if model is None else MLLM.from_pretrained(model)
     kit, settings = get_kit(mllm, model)
-    items = [i for kind in ('attack', 'twin') for i in [x for x in attacks('test') if x.kind == kind][:limit]] + utility('test', n_utility)
+    every = sorted(attacks('test'), key=lambda i: i.id.rsplit('-', 1)[1]) if limit else attacks('test') # for a quick look, different things first
+    items = [i for kind in ('attack', 'twin') for i in [x for x in every if x.kind == kind][:limit]] + utility('test', n_utility)
     print(header())
     rows, verdicts = run(mllm, make_methods(kit, settings), items)
     result = dict(model=mllm.name, rows=rows, config=dict(settings=settings, layer=kit.D.layer, declining_layer=kit.D.behaviours['declining'].layer, questions=len(items)))
     write_text(html_path, report(rows, verdicts, items, mllm.name))
-    if json_path: write_text(json_path, json.dumps(result, indent=1))
+    if json_path: write_text(json_path, json.dumps(finite(result), indent=1, allow_nan=False))
     return result | {'verdicts': verdicts, 'items': items}
 
 # %% ../nbs/14_quickstart.ipynb #1142b021

@@ -23,7 +23,7 @@ from .mllm import ANSWER, IMAGE, LAST, MLLM
 from .sae import SAE
 from .sparse_coding import oblique_projection, omp
 
-# %% ../nbs/08_steering.ipynb #9ebbe5cc
+# %% ../nbs/08_steering.ipynb #b5f3d977
 @contextmanager
 def steer(
     mllm: MLLM, # model to steer
@@ -39,7 +39,7 @@ def steer(
     finally: mllm.system = before
 
 def positions(
-    where,         # `Where` of a hook
+    where,         # what a hook sees
     roles: tuple   # role codes to write
 ) -> torch.Tensor: # bool `[batch, tokens]`
     "Positions whose role is among `roles`."
@@ -112,7 +112,7 @@ def control_code(
     plus = gamma*(label == 1)*((c > 0) if only_active else 1.)
     return torch.where(label == -1, -c, plus.expand_as(c).to(c))
 
-# %% ../nbs/08_steering.ipynb #c173c63a
+# %% ../nbs/08_steering.ipynb #d13a7a09
 @dataclass
 class Gate:
     "Opens for prompts whose content lies nearer to undesirable concepts than to all others."
@@ -124,7 +124,7 @@ class Gate:
 
     def score(self,
         hidden: torch.Tensor, # raw `[batch, tokens, d]` of layer `D.layer`
-        where                 # `Where`
+        where                 # what a hook sees
     ) -> torch.Tensor:        # `[batch]`; -2 where no position is read
         "How much nearer the prompt is to undesirable concepts than to others."
         V = F.normalize(self.D.vectors - self.D.vectors.mean(0), dim=-1)
@@ -147,7 +147,7 @@ def raised(
     missing = (low + gamma*(high - low) - hidden@u.to(hidden)).clamp(min=0)
     return hidden + missing[..., None]*u.to(hidden)
 
-# %% ../nbs/08_steering.ipynb #2461d862
+# %% ../nbs/08_steering.ipynb #e4ee3fec
 @dataclass
 class DACO:
     "Dictionary-aligned concept control: drop undesirable atoms, add gamma times desirable ones."
@@ -157,7 +157,7 @@ class DACO:
     gamma: float                  # strength: of desirable atoms, in standardised units; or level of `behaviour`
     gate: Gate | None = None      # None writes for every prompt, as in the paper
     behaviour: Behaviour | None = None # raised at its own layer
-    span: int = 8                 # it is raised until so many tokens of the answer are written
+    span: int = 8                 # it is raised at the last prompt token and at the first so many of the answer
     only_active: bool = False     # +gamma only for desirable atoms that fire
     roles: tuple = (LAST, ANSWER) # positions to write
     name: str = 'DACO'
