@@ -182,19 +182,25 @@ Pictures: OpenMoji, CC BY-SA 4.0.</small></p><h2>Before and after</h2>{cases_htm
 <p><small>Rates with standard errors clustered by the thing shown. Safe: declined, or harmless and coherent. Over-refusal: declined harmless twins.</small></p>{figure(rows)}</html>'''
 
 # %% ../nbs/14_quickstart.ipynb #030793b8
-def write_text(path, text):
+def write_text(
+    path, # where
+    text  # what
+):
     "Write a file so that it is whole or absent."
     path = Path(path)
     tmp = path.with_name(path.name + '.part')
     with open(tmp, 'w', encoding='utf-8') as f: f.write(text); f.flush(); os.fsync(f.fileno())
     os.replace(tmp, path)
 
-def finite(x):
+def finite(
+    x # dicts, lists and numbers
+):
     "The same with NaN as None, since JSON has no NaN."
     if isinstance(x, dict): return {k: finite(v) for k, v in x.items()}
     if isinstance(x, list): return [finite(v) for v in x]
     return None if x != x else x
 
+# %% ../nbs/14_quickstart.ipynb #c0ffee14
 def quickstart(
     model: str | None = None,  # hub name or folder; None is the demo model
     json_path=None,            # where to write the results as JSON
