@@ -4,6 +4,8 @@ import json
 import shutil
 
 import pytest
+from datasets import Dataset, Features, Value
+from datasets import Image as ImageFeature
 from PIL import Image
 
 from daco_nb import evaluation as E
@@ -67,6 +69,26 @@ def test_jailbreakv(tmp_path):
     write_table(tmp_path / "JailBreakV_28K.csv", columns[:5])
     with pytest.raises(ValueError, match="no column image_path"):
         E.jailbreakv(tmp_path)
+
+
+def test_mmmu(tmp_path):
+    rows = [dict(id="a", question="What is in <image 1>?", options="['fox', 'red fox']", answer="B", question_type="multiple-choice", subfield="animals", image_1=Image.new("RGB", (8, 8))),
+            dict(id="b", question="Why?", options="[]", answer="because", question_type="open", subfield="animals", image_1=None)]
+    Dataset.from_list(rows, features=Features({k: ImageFeature() if k == "image_1" else Value("string") for k in rows[0]})).to_parquet(str(tmp_path / "t.parquet"))
+    item, = E.mmmu(tmp_path / "t.parquet")
+    assert item.text.startswith("What is in the picture?\n\n(A) fox\n(B) red fox\n\n") and item.image.size == (8, 8)
+    assert E.judge(item, "(B)", .1).right and E.judge(item, "It is a red fox.", .1).right
+    assert not E.judge(item, "(A)", .1).right and not E.judge(item, "No idea.", .1).right
+    with pytest.raises(FileNotFoundError, match="no.parquet is missing"):
+        E.mmmu(tmp_path / "no.parquet")
+    Dataset.from_list([{"id": "a"}]).to_parquet(str(tmp_path / "u.parquet"))
+    with pytest.raises(ValueError, match="no column answer, image_1"):
+        E.mmmu(tmp_path / "u.parquet")
+
+
+@pytest.mark.parametrize("answer, letter", [("(C)", "C"), ("I think (A), no, (B)", "B"), ("D", "D"), ("Answer: B.", "B"), ("red fox", "B"), ("fox", "A"), ("", ""), ("nothing", "")])
+def test_letters(answer, letter):
+    assert E.chosen_letter(answer, ("fox", "red fox", "owl", "bee")) == letter
 
 
 def test_pictures_may_be_paths(mm):
