@@ -164,7 +164,7 @@ def choice_text(
 def mmmu(
     path: Path # parquet file with the columns of MMMU
 ) -> list[Item]:
-    "Multiple-choice questions of a table shaped like MMMU; those with several pictures are left out. FileNotFoundError, or ValueError for missing columns."
+    "Multiple-choice questions of a table shaped like MMMU; those with several pictures are left out. FileNotFoundError, or ValueError for missing columns or answers."
     if not Path(path).exists(): raise FileNotFoundError(f'{path} is missing: download a parquet file of MMMU')
     rows, items = load_dataset('parquet', data_files=str(path), split='train', cache_dir=str(cache_dir()/'datasets')), []
     if gone := {'id', 'question', 'options', 'answer', 'question_type', 'subfield', 'image_1'} - set(rows.column_names):
@@ -172,6 +172,7 @@ def mmmu(
     for r in rows:
         if r['question_type'] != 'multiple-choice' or r.get('image_2') is not None: continue
         options = tuple(ast.literal_eval(r['options']))
+        if r['answer'] not in [*LETTERS[:len(options)]]: raise ValueError(f'{r["id"]} has the answer {r["answer"]!r}: take a split whose answers are published')
         items.append(Item(r['id'], 'utility', choice_text(r['question'], options), r['image_1'], (), (r['answer'],), 'MMMU', r['subfield'],
                           question=r['question'], options=options))
     return items

@@ -79,6 +79,10 @@ def test_mmmu(tmp_path):
     assert item.text.startswith("What is in the picture?\n\n(A) fox\n(B) red fox\n\n") and item.image.size == (8, 8)
     assert E.judge(item, "(B)", .1).right and E.judge(item, "It is a red fox.", .1).right
     assert not E.judge(item, "(A)", .1).right and not E.judge(item, "No idea.", .1).right
+    for k, answer in enumerate(("?", "", "C")):
+        Dataset.from_list([rows[0] | {"answer": answer, "image_1": None}]).to_parquet(str(tmp_path / f"hidden{k}.parquet"))
+        with pytest.raises(ValueError, match="whose answers are published"):
+            E.mmmu(tmp_path / f"hidden{k}.parquet")
     with pytest.raises(FileNotFoundError, match="no.parquet is missing"):
         E.mmmu(tmp_path / "no.parquet")
     Dataset.from_list([{"id": "a"}]).to_parquet(str(tmp_path / "u.parquet"))
