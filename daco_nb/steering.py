@@ -21,7 +21,7 @@ from .demo import ASSETS
 from .dictionary import Behaviour, ConceptDictionary, load_dictionary, save_dictionary
 from .mllm import ANSWER, IMAGE, LAST, MLLM
 from .sae import SAE
-from .sparse_coding import oblique_projection, omp
+from .sparse_coding import oblique_projection, prepared_omp
 
 # %% ../nbs/08_steering.ipynb #b5f3d977
 @contextmanager
@@ -92,10 +92,11 @@ class MOP:
     def edits(self, mllm):
         check_width(mllm, self.D.vectors)
         V = F.normalize(self.D.vectors, dim=-1)
+        code = prepared_omp(V, self.k)
         def project(hidden, where):
             at = positions(where, self.roles)
             z = self.D.standardise(hidden[at])
-            clean = oblique_projection(z, V, omp(z, V, self.k), self.undesirable)
+            clean = oblique_projection(z, V, code(z), self.undesirable)
             hidden = hidden.clone()
             hidden[at] = self.D.unstandardise(z + self.strength*(clean - z)).to(hidden.dtype)
             return hidden

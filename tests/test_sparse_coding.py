@@ -8,7 +8,7 @@ from hypothesis import given, settings, strategies as st
 from scipy.optimize import nnls
 from sklearn.linear_model import ElasticNet, orthogonal_mp
 
-from daco_nb.sparse_coding import duality_gap, elastic_net, oblique_projection, omp
+from daco_nb.sparse_coding import duality_gap, elastic_net, oblique_projection, omp, prepared_omp
 
 quick = settings(max_examples=25, deadline=None, derandomize=True)
 seeds = st.integers(0, 10_000)
@@ -256,3 +256,34 @@ bad = [
 @pytest.mark.parametrize('call,message', bad)
 def test_bad_input_names_the_value_and_the_remedy(call, message):
     with pytest.raises(ValueError, match=message): call(*problem(0))
+
+
+def test_prepared_omp():
+    "A dictionary prepared once codes every batch as `omp` does, and looks at the vectors each time."
+    g = torch.Generator().manual_seed(3)
+    D, Z = torch.randn(60, 24, generator=g), torch.randn(7, 24, generator=g)
+    for nonneg in (False, True):
+        for table in (False, True):
+            code = prepared_omp(D, 5, nonneg=nonneg, table=table)
+            for z in (Z, Z[:1], Z[:0], Z.bfloat16()):
+                torch.testing.assert_close(code(z), omp(z.float(), D, 5, nonneg=nonneg), atol=1e-5, rtol=1e-5)
+    with pytest.raises(ValueError, match="width 23"):
+        code(Z[:, :23])
+    with pytest.raises(ValueError, match=r"NaN or infinity in rows \[2\]"):
+        code(torch.where(torch.arange(7)[:, None] == 2, torch.nan, Z))
+    with pytest.raises(ValueError, match="choose k from 1 to 24"):
+        prepared_omp(D, 25)
+
+
+@pytest.mark.parametrize("tau", [0.5, 0.9, 1.0])
+@pytest.mark.parametrize("twin", [False, True], ids=["plain", "duplicate rows"])
+def test_elastic_net_reaches_a_tight_gap(tau, twin):
+    "Jumps end at the exact minimum, also where more rows than dimensions, or two equal rows, make the linear system singular."
+    g = torch.Generator().manual_seed(5)
+    D, Z = torch.randn(80, 16, generator=g).double(), torch.randn(6, 16, generator=g).double()
+    if twin:
+        D[1] = D[0]
+        Z[0] = 2 * D[0]
+    for nonneg in (False, True):
+        codes, gap = elastic_net(Z, D, 0.05, tau, tol=1e-11, nonneg=nonneg)
+        assert gap.max() <= 1e-11 and duality_gap(Z, D, codes, 0.05, tau, nonneg).max() <= 1.1e-11

@@ -1,0 +1,100 @@
+"""Benchmarks: rows say what they claim, and the command writes what the rows say. Speed itself is never asserted."""
+import json
+
+import numpy as np
+import pytest
+import torch
+from sklearn.linear_model import orthogonal_mp
+
+from daco_nb import benchmarks as bm
+from daco_nb.demo import ASSETS
+from daco_nb.sparse_coding import duality_gap, elastic_net, omp
+
+KEYS = {"what", "ours", "against", "unit", "ratio", "target", "holds"}
+
+
+def test_row():
+    "A row holds from its target on, and one that was skipped neither holds nor fails."
+    assert bm.row("a", 1, 2, "s", 2.0, 2.0)["holds"] is True
+    assert bm.row("a", 1, 2, "s", 1.99, 2.0)["holds"] is False
+    skipped = bm.row("a", None, None, "s", None, 2.0)
+    assert skipped["holds"] is None and set(skipped) == KEYS
+
+
+def test_raced_takes_the_fastest_peer_and_the_median_round():
+    "Ratios are formed within a round, against the faster of two peers."
+    seconds = np.array([[1.0, 4.0, 3.0], [1.0, 9.0, 8.0], [2.0, 4.0, 10.0]])  # ratios 3, 8, 2
+    assert bm.raced("a", seconds, 3.0) == bm.row("a", 1.0, 4.0, "s", 3.0, 3.0)
+
+
+def test_race_takes_turns():
+    "Every runner warms up once, then they alternate."
+    order = []
+    seconds = bm.race(lambda: order.append(0), lambda: order.append(1), rounds=3)
+    assert order == [0, 1] * 4 and seconds.shape == (3, 2) and (seconds >= 0).all()
+    order.clear()
+    bm.race(lambda: order.append(0), rounds=2, warm=False)
+    assert order == [0, 0]
+
+
+def test_judges_solve_the_same_problem():
+    "scikit-learn's answers, as they are timed, are ours: same support for OMP, same minimum for the elastic net."
+    D, Z = bm.sparse_problem(120, 48, 4, k=5)
+    with_gram, without = bm.judge_omp(D, Z, 5)
+    ours = omp(Z, D, 5).numpy()
+    for codes in (with_gram().T, without().T, orthogonal_mp(D.numpy().T, Z.numpy().T, n_nonzero_coefs=5).T):
+        assert ((codes != 0) == (ours != 0)).all() and np.abs(codes - ours).max() < 1e-3
+    for solve in bm.judge_elastic_net(D, Z, 0.1, 0.9, tol=1e-8):
+        codes = torch.from_numpy(solve())
+        assert duality_gap(Z, D, codes, 0.1, 0.9).max() < 1e-7
+        assert (codes - elastic_net(Z.double(), D, 0.1, 0.9, tol=1e-9)[0]).abs().max() < 1e-3
+
+
+def test_peers_stop_at_our_gap():
+    "The tolerance given to scikit-learn is the same certificate, not a stricter or a looser one by an order of magnitude."
+    D, Z = bm.sparse_problem(400, 96, 6)
+    alpha = 0.1 * (Z @ D.T).abs().max().item()
+    for solve in bm.judge_elastic_net(D, Z, alpha, 0.9, tol=1e-4):
+        gap = duality_gap(Z, D, torch.from_numpy(solve()), alpha, 0.9).max()
+        assert 1e-7 < gap <= 1.001e-4
+
+
+def test_peak_memory():
+    "A fresh process tells its own peak, whatever the parent holds."
+    parent = torch.ones(100_000_000)  # 0.4 GB that must not count
+    used = bm.peak_gb(take_a_quarter_gigabyte)
+    assert 0.2 < used < 0.45 and len(parent)
+
+
+def take_a_quarter_gigabyte():
+    "Something to measure."
+    return torch.ones(62_500_000).sum()
+
+
+def test_command(tmp_path, monkeypatch, capsys):
+    "The command prints the rows and writes them; an unknown name is refused with the known ones."
+    rows = [bm.row("a", 1, 3, "s", 3.0, 2.0), bm.row("b", None, None, "s", None, 2.0)]
+    monkeypatch.setitem(bm.BENCHMARKS, "omp", lambda size: rows)
+    bm.main(["omp", "--json", str(tmp_path / "r.json")])
+    assert json.loads((tmp_path / "r.json").read_text()) == {"name": "omp", "rows": rows}
+    assert "skipped" in capsys.readouterr().out and not list(tmp_path.glob("*.part"))
+    with pytest.raises(SystemExit):
+        bm.main(["speed"])
+    with pytest.raises(ValueError, match="choose from extraction"):
+        bm.benchmark("speed")
+
+
+def test_shipped_results():
+    "What ships has every benchmark, and each row is whole."
+    full = json.loads((ASSETS / "benchmarks.json").read_text())
+    assert [r["name"] for r in full] == list(bm.BENCHMARKS)
+    for r in (r for result in full for r in result["rows"]):
+        assert set(r) == KEYS
+        assert r["holds"] == (None if r["ratio"] is None else r["ratio"] >= r["target"])
+
+
+@pytest.mark.parametrize("name", ["extraction", "overhead"])
+def test_small_runs(name):
+    "Benchmarks on the demo model run; how fast is not asked here."
+    rows = bm.benchmark(name, "small")["rows"]
+    assert rows and all(set(r) == KEYS and r["ratio"] > 0 for r in rows)
