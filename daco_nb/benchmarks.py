@@ -182,7 +182,7 @@ def train_steps(
         start.fit(Z, generator=torch.Generator().manual_seed(1), bar=False, steps=steps, batch=1024, every=steps, centre='mean')
     return run
 
-# %% ../nbs/11_benchmarks.ipynb #7c1c807b
+# %% ../nbs/11_benchmarks.ipynb #f84f0a2c
 def demo_sae(
     steps: int # of training
 ) -> dict: # `fve`, `l0`, `frac_alive` on held-out rows
@@ -193,6 +193,7 @@ def demo_sae(
     test, train = Z[:800], Z[800:]
     return evaluate_sae(SAE.from_dictionary(D, k=32, generator=g).fit(train, generator=g, steps=steps, batch=256, bar=False), test)
 
+# %% ../nbs/11_benchmarks.ipynb #e7487f3a
 PEERS = ('SAELens', 'sparsify', 'dictionary_learning')
 
 def bench_sae(
@@ -251,7 +252,7 @@ def always(
     "The same method with its gate open for every prompt and its behaviour raised at every token."
     return DACO(method.sae, method.label, method.D, method.gamma, None, method.behaviour, span=10_000)
 
-# %% ../nbs/11_benchmarks.ipynb #9672740b
+# %% ../nbs/11_benchmarks.ipynb #480f287f
 def random_dictionary(
     n: int, d: int, # concepts, width
     seed: int = 0
@@ -260,6 +261,7 @@ def random_dictionary(
     V = torch.randn(n, d, generator=torch.Generator().manual_seed(seed))
     return ConceptDictionary([f'c{i}' for i in range(n)], V, torch.zeros(d), torch.ones(d), 14, torch.ones(n))
 
+# %% ../nbs/11_benchmarks.ipynb #b26163d9
 @torch.no_grad()
 def seven_b(
     rounds: int = 5 # of the race
