@@ -6,8 +6,8 @@
 __all__ = ['SETTINGS', 'steer', 'positions', 'Prompting', 'ActAdd', 'check_width', 'MOP', 'control_code', 'Gate', 'raised',
            'DACO', 'chain', 'Kit', 'load_kit', 'save_kit', 'make_methods']
 
-# %% ../nbs/08_steering.ipynb #da76e047
-import json
+# %% ../nbs/08_steering.ipynb #4923a7e6
+import functools, json
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,7 +77,7 @@ def check_width(
     "ValueError if a direction does not fit the model."
     if vector.shape[-1] != mllm.d_model: raise ValueError(f'Direction of width {vector.shape[-1]}, but {mllm.name or "the model"} has width {mllm.d_model}: read the dictionary on this model')
 
-# %% ../nbs/08_steering.ipynb #1b6caf82
+# %% ../nbs/08_steering.ipynb #0bb29c53
 @dataclass
 class MOP:
     "Sparse-code positions on the dictionary and drop undesirable concepts (oblique projection)."
@@ -148,7 +148,7 @@ def raised(
     missing = (low + gamma*(high - low) - hidden@u.to(hidden)).clamp(min=0)
     return hidden + missing[..., None]*u.to(hidden)
 
-# %% ../nbs/08_steering.ipynb #e4ee3fec
+# %% ../nbs/08_steering.ipynb #5746a10c
 @dataclass
 class DACO:
     "Dictionary-aligned concept control: drop undesirable atoms, add gamma times desirable ones."
@@ -163,6 +163,9 @@ class DACO:
     roles: tuple = (LAST, ANSWER) # positions to write
     name: str = 'DACO'
     system = None
+
+    @functools.cached_property
+    def desirable(self): "Sum of the decoder rows of all desirable atoms."; return self.sae.W_dec[self.label == 1].sum(0)
 
 # %% ../nbs/08_steering.ipynb #cb29fdb6
 @patch
@@ -190,7 +193,7 @@ def chain(
         return hidden
     return run
 
-# %% ../nbs/08_steering.ipynb #a390979c
+# %% ../nbs/08_steering.ipynb #71d1a5ce
 @patch
 def at(self:DACO, where, is_open=None):
     "Positions to write, of the prompts that are open."
@@ -204,12 +207,17 @@ def control(self:DACO,
 ) -> torch.Tensor:
     "Hidden states with the control code applied at the positions to write."
     if not at.any(): return hidden
-    c = control_code(self.sae.encode(self.D.standardise(hidden[at])), self.label, self.gamma, self.only_active)
+    z = self.D.standardise(hidden[at])
+    label, c = self.label, self.sae.encode(z)
+    code = torch.where(label == -1, -c, self.gamma*((label == 1) & (c > 0)) if self.only_active else 0.)
+    row, atom = code.nonzero(as_tuple=True)
+    shift = torch.zeros_like(z).index_add_(0, row, code[row, atom, None]*self.sae.W_dec[atom])
+    if not self.only_active: shift += self.gamma*self.desirable
     hidden = hidden.clone()
-    hidden[at] += (c@self.sae.W_dec*self.D.std).to(hidden.dtype)
+    hidden[at] += (shift*self.D.std).to(hidden.dtype)
     return hidden
 
-# %% ../nbs/08_steering.ipynb #854e90a5
+# %% ../nbs/08_steering.ipynb #4cf9db96
 @dataclass
 class Kit:
     "Dictionary and autoencoder of one layer of one model."
@@ -234,7 +242,7 @@ def save_kit(
     save_dictionary(kit.D, Path(folder)/'dictionary')
     kit.sae.save(Path(folder)/'sae', overwrite=True)
 
-# %% ../nbs/08_steering.ipynb #40522e16
+# %% ../nbs/08_steering.ipynb #bf0aa22d
 SETTINGS = json.loads((ASSETS/'settings.json').read_text())['settings']
 
 def make_methods(

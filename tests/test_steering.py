@@ -3,10 +3,11 @@ import pytest
 import torch
 
 from daco_nb.demo import by_name, scene
-from daco_nb.dictionary import Behaviour
+from daco_nb.dictionary import Behaviour, ConceptDictionary
 from daco_nb.evaluation import attacks
 from daco_nb.mllm import ANSWER, IMAGE, LAST, MLLM, TEMPLATE, Where
-from daco_nb.steering import DACO, ActAdd, Gate, load_kit, make_methods, raised, steer
+from daco_nb.sae import SAE
+from daco_nb.steering import DACO, ActAdd, Gate, control_code, load_kit, make_methods, raised, steer
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +69,22 @@ def test_behaviour_is_raised_in_the_first_tokens_only(kit):
     changed = lambda where: (edit(hidden, where) != hidden).any(-1)[0].tolist()
     assert changed(Where(roles, 0)) == [False, True, True]
     assert changed(Where(torch.full((1, 3), ANSWER), 9, before=1)) == [True, False, False]
+
+
+@pytest.mark.parametrize("architecture", ["topk", "l1"])
+@pytest.mark.parametrize("only_active", [False, True])
+def test_control_is_the_formula(architecture, only_active):
+    torch.manual_seed(0)
+    sae = SAE(24, 90, k=12, architecture=architecture).requires_grad_(False)
+    for p in sae.parameters():
+        p.normal_()
+    D = ConceptDictionary(["a"], torch.randn(1, 24), torch.randn(24), torch.rand(24) + .5, 3, torch.ones(1))
+    label, x, at = torch.randint(-1, 2, (90,)), torch.randn(3, 5, 24), torch.rand(3, 5) < .6
+    after = DACO(sae, label, D, .3, only_active=only_active).control(x, at)
+    code = control_code(sae.encode(D.standardise(x)), label, .3, only_active)
+    naive = D.unstandardise(D.standardise(x) + code @ sae.W_dec)
+    assert (after[at] - naive[at]).abs().max() < 1e-5 * naive[at].abs().max()
+    assert torch.equal(after[~at], x[~at]) and not at.all()
 
 
 def test_raised_reaches_the_level_and_no_more():
