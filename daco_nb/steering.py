@@ -210,8 +210,8 @@ def control(self:DACO,
     z = self.D.standardise(hidden[at])
     label, c = self.label, self.sae.encode(z)
     code = torch.where(label == -1, -c, self.gamma*((label == 1) & (c > 0)) if self.only_active else 0.)
-    row, atom = code.nonzero(as_tuple=True)
-    shift = torch.zeros_like(z).index_add_(0, row, code[row, atom, None]*self.sae.W_dec[atom])
+    atoms = code.any(0).nonzero()[:, 0]
+    shift = code[:, atoms]@self.sae.W_dec[atoms]
     if not self.only_active: shift += self.gamma*self.desirable
     hidden = hidden.clone()
     hidden[at] += (shift*self.D.std).to(hidden.dtype)
