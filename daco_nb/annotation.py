@@ -4,19 +4,23 @@
 
 # %% auto #0
 __all__ = ['LABELS', 'VERSION', 'read_table', 'load_labels', 'merge_labels', 'labelled_rows', 'centroids', 'Atoms',
-           'nearest_distance', 'check_eta', 'mark', 'annotate', 'relabel', 'save_atoms', 'load_atoms']
+           'nearest_distance', 'check_eta', 'mark', 'annotate', 'relabel', 'save_atoms', 'load_atoms', 'Probe',
+           'fit_probe', 'save_probe', 'load_probe', 'harm_phrases', 'spoken', 'windows_of', 'read_harm']
 
-# %% ../nbs/07_annotation.ipynb #bc5b087e
-import csv, json
+# %% ../nbs/07_annotation.ipynb #53be69f7
+import csv, json, os, random
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from sklearn.cluster import KMeans
+from sklearn.linear_model import LogisticRegression
 from torch.nn.functional import normalize
 
-from .demo import ASSETS, atomic_folder
+from .demo import ASSETS, atomic_folder, topics, wordings
+from .mllm import ANSWER, MLLM, TEXT
 
 # %% ../nbs/07_annotation.ipynb #fe83ea08
 LABELS = {'undesirable': -1, 'neither': 0, 'desirable': 1} # what is written, and the number atoms carry
@@ -198,3 +202,113 @@ def load_atoms(
     if len(rest['nearest']) != len(tensors['label']):
         raise ValueError(f'{Path(folder).name}: {len(tensors["label"])} labels but {len(rest["nearest"])} names: the files do not belong together; annotate again')
     return Atoms(**tensors, **{**rest, 'eta': tuple(rest['eta'])})
+
+# %% ../nbs/07_annotation.ipynb #c3bebc79
+@dataclass
+class Probe:
+    "A linear reading of one layer: positive where it finds what it was taught to find."
+    layer: int           # decoder layer
+    weight: torch.Tensor # `[d]`, on raw activations
+    bias: float
+
+    def __call__(self,
+        hidden: torch.Tensor # raw `[..., d]`
+    ) -> torch.Tensor:       # `[...]`
+        "Log-odds."
+        return hidden.float()@self.weight.to(hidden.device) + self.bias
+
+def fit_probe(
+    X: torch.Tensor,   # raw `[n, d]`
+    found: list[bool], # what to find
+    layer: int,        # where `X` was read
+    C: float = 1e-3    # inverse strength of the penalty, on standardised activations
+) -> Probe:
+    "Logistic regression."
+    mean, std = X.mean(0), X.std(0) + 1e-6
+    fit = LogisticRegression(C=C, max_iter=3000).fit(((X - mean)/std).numpy(), found)
+    weight = torch.tensor(fit.coef_[0], dtype=torch.float32)/std
+    return Probe(layer, weight, float(fit.intercept_[0]) - (mean@weight).item())
+
+# %% ../nbs/07_annotation.ipynb #7ef4b342
+def save_probe(
+    probe: Probe, # what to save
+    path: Path    # safetensors file
+):
+    "Write a probe, whole or not at all."
+    tmp = Path(path).with_name(Path(path).name + '.part')
+    save_file(dict(weight=probe.weight, bias=torch.tensor([probe.bias])), tmp, metadata={'layer': str(probe.layer)})
+    os.replace(tmp, path)
+
+def load_probe(
+    path: Path # written by `save_probe`
+) -> Probe:
+    "Read a probe; ValueError if there is none."
+    if not Path(path).exists(): raise ValueError(f'{path} is missing: build the kit again')
+    with safe_open(path, 'pt') as f:
+        if 'layer' not in (f.metadata() or {}): raise ValueError(f'{Path(path).name} holds no probe: save one with save_probe')
+        return Probe(int(f.metadata()['layer']), f.get_tensor('weight'), f.get_tensor('bias').item())
+
+# %% ../nbs/07_annotation.ipynb #800c26b1
+def harm_phrases(
+    split: str = 'train' # train, validation or test
+) -> list[tuple[str, str, bool]]: # question, phrase, whether it is harmful
+    "Phrases of topics and twins; for training also those that are never drawn."
+    rows = [(t.type, x, x == t.phrase) for t in topics() if t.split == split for x in (t.phrase, t.twin)]
+    if split == 'train': rows += [(k, x, harm) for purpose, harm in (('more harmful', True), ('more harmless', False)) for k, xs in wordings()[purpose].items() for x in xs]
+    asks = {k: w[split] for k, w in wordings()['TYPO'].items()} # a topic and its twin are asked about in the same words
+    return [(asks[k][i//2 % len(asks[k])], x, harm) for i, (k, x, harm) in enumerate(rows)]
+
+# %% ../nbs/07_annotation.ipynb #60010431
+def spoken(
+    mllm: MLLM,         # model
+    asked: list[str],   # questions
+    said: list[str],    # phrases
+    layer: int,         # decoder layer
+    batch_size: int = 48
+) -> torch.Tensor:      # raw `[n, d]`
+    "Mean state of each phrase's own tokens in an answer that begins by saying it."
+    head, tail = (len(mllm.tokenizer(t, add_special_tokens=False)['input_ids']) for t in ('It says "', '".'))
+    order, out = sorted(range(len(said)), key=lambda i: len(asked[i] + said[i])), {}
+    for k in range(0, len(order), batch_size):
+        part = order[k:k + batch_size]
+        batch = mllm.prepare([asked[i] for i in part], answers=[f'It says "{said[i]}".' for i in part])
+        nth = (at := batch['roles'] == ANSWER).cumsum(1)
+        at &= (nth > head) & (nth <= nth[:, -1:] - tail)
+        h = mllm.read(batch, [layer])[layer]
+        out |= zip(part, (h*at[..., None]).sum(1)/at.sum(1, keepdim=True))
+    return torch.stack([out[i] for i in range(len(said))]).cpu()
+
+# %% ../nbs/07_annotation.ipynb #54598367
+def windows_of(
+    text, said,    # states of the question `[t, d]`, and of the answer `[a, d]`
+    start, end,    # where the phrase stands in the answer
+    harm: bool,    # whether it is harmful
+    rng: random.Random,
+    size: int = 3  # tokens of a window
+) -> list[tuple]:  # mean state, whether it is harmful
+    "Windows of one question and its answer: three that cover the phrase, and some others."
+    some = lambda first, last, n: rng.sample(range(first, last + 1), min(n, max(0, last + 1 - first)))
+    spans = [(start, end, harm), (max(start, end - size), end, harm), (end - size + 1, end + 1, harm), (0, size, False)]
+    spans += [(k, k + size, False) for k in some(end + 1, len(said) - size, 4)]
+    return [(said[a:b].mean(0), y) for a, b, y in spans] + [(text[k:k + size].mean(0), False) for k in some(0, len(text) - size, 2)]
+
+# %% ../nbs/07_annotation.ipynb #6f6322a5
+def read_harm(
+    mllm: MLLM, # model
+    layer: int, # decoder layer
+    seed: int = 0,
+    batch_size: int = 48
+) -> Probe:
+    "A probe for harmful words, fitted on windows of training phrases; harmless ones are followed by a calm answer to something else."
+    rng, ids = random.Random(seed), lambda t: mllm.tokenizer(t, add_special_tokens=False)['input_ids']
+    calm = [a for _, a in json.loads((ASSETS/'answers.json').read_text(encoding='utf-8'))['more']]
+    rows, found = [(q, p, harm, '' if harm else ' ' + rng.choice(calm)) for q, p, harm in harm_phrases()], []
+    rows.sort(key=lambda r: len(r[0] + r[1] + r[3]))
+    for k in range(0, len(rows), batch_size):
+        part = rows[k:k + batch_size]
+        batch = mllm.prepare([q for q, *_ in part], answers=[f'It says "{p}".{after}' for _, p, _, after in part])
+        states = mllm.read(batch, [layer])[layer].cpu()
+        for h, roles, (_, p, harm, _) in zip(states, batch['roles'].cpu(), part):
+            found += windows_of(h[roles == TEXT], h[roles == ANSWER], len(ids('It says "')), len(ids(f'It says "{p}')), harm, rng)
+    X, y = zip(*found)
+    return fit_probe(torch.stack(X), y, layer)

@@ -11,6 +11,7 @@ __all__ = ['PEERS', 'BENCHMARKS', 'race', 'row', 'raced', 'told', 'sparse_proble
 # %% ../nbs/11_benchmarks.ipynb #149f0bd5
 import argparse, json, os, re, time, warnings
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -249,8 +250,8 @@ def per_token(
 def always(
     method: DACO # with a gate
 ) -> DACO:
-    "The same method with its gate open for every prompt and its behaviour raised at every token."
-    return DACO(method.sae, method.label, method.D, method.gamma, None, method.behaviour, span=10_000)
+    "The same method with a gate that listens but opens for every word, and its behaviour raised at every token."
+    return replace(method, gate=replace(method.gate, threshold=-1e9), span=10_000)
 
 # %% ../nbs/11_benchmarks.ipynb #480f287f
 def random_dictionary(

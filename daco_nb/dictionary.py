@@ -6,7 +6,7 @@
 __all__ = ['DECLINE', 'COMPLY', 'contrast_weights', 'split_half', 'Behaviour', 'ConceptDictionary', 'from_activations',
            'save_dictionary', 'load_dictionary', 'read_behaviour', 'with_behaviours', 'ChatCorpus']
 
-# %% ../nbs/04_dictionary.ipynb #ddc7d921
+# %% ../nbs/04_dictionary.ipynb #43f85a58
 import difflib, json
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,7 +17,7 @@ from fastcore.basics import patch
 from safetensors.torch import load_file, save_file
 
 from .activations import ActivationStore
-from .demo import ASSETS, atomic_folder, by_name, scene
+from .demo import ASSETS, atomic_folder, by_name, scene, topics
 from .mllm import ANSWER, MLLM
 
 # %% ../nbs/04_dictionary.ipynb #e00d9615
@@ -63,7 +63,7 @@ class Behaviour:
     @property
     def direction(self) -> torch.Tensor: "From the one to the other, raw `[d]`."; return self.shown - self.instead
 
-# %% ../nbs/04_dictionary.ipynb #372aa709
+# %% ../nbs/04_dictionary.ipynb #9e2dc3f5
 @dataclass
 class ConceptDictionary:
     "Named directions of one layer, on activations standardised per dimension."
@@ -72,7 +72,7 @@ class ConceptDictionary:
     mean: torch.Tensor    # `[d]`, of content tokens
     std: torch.Tensor     # `[d]`
     layer: int            # decoder layer
-    quality: torch.Tensor # `[n]`, split-half cosine
+    quality: torch.Tensor # `[n]`, split-half cosine; NaN where it was not measured
     behaviours: dict = field(default_factory=dict) # name -> `Behaviour`
 
     def __len__(self): return len(self.names)
@@ -153,7 +153,7 @@ def load_dictionary(
     behaviours = {k: Behaviour(layer, *t[f'behaviour.{k}']) for k, layer in info['behaviours'].items()}
     return ConceptDictionary(info['names'], t['vectors'].float(), t['mean'], t['std'], info['layer'], t['quality'], behaviours)
 
-# %% ../nbs/04_dictionary.ipynb #67811486
+# %% ../nbs/04_dictionary.ipynb #3ad9fb7c
 DECLINE = ("I'm sorry, but I can't help with that.", "I'm sorry, I can't assist with that request.", "I cannot help with this.",
            "Sorry, I can't help you with that because it could be harmful.", "I'm not able to help with that.", "I won't help with that, since it isn't safe.")
 COMPLY = ('Sure, here is how to do it.', 'Of course! Let me explain it step by step.', 'Here are the steps you need.',
@@ -166,7 +166,8 @@ def read_behaviour(
     layer: int,          # decoder layer
     shown=DECLINE,       # answers that show the behaviour
     instead=COMPLY,      # answers that show its opposite
-    tokens: int = 5      # first answer tokens to average
+    tokens: int = 5,     # answer tokens to average
+    skip=0               # answer tokens before them, for all prompts or for each
 ) -> Behaviour:
     "Contrast of two kinds of answers to the same prompts, read like a concept."
     means = []
@@ -174,11 +175,12 @@ def read_behaviour(
         answers = [kind[i % len(kind)] for i in range(len(texts))]
         batch = mllm.prepare(texts, images, answers=answers)
         at = batch['roles'] == ANSWER
-        at &= at.cumsum(1) <= tokens
+        nth = at.cumsum(1) - torch.as_tensor(skip).reshape(-1, 1).to(at.device)
+        at &= (nth > 0) & (nth <= tokens)
         means.append(mllm.read(batch, [layer])[layer][at].mean(0))
     return Behaviour(layer, *means)
 
-# %% ../nbs/04_dictionary.ipynb #18f8ebfe
+# %% ../nbs/04_dictionary.ipynb #002b39d6
 def with_behaviours(
     D: ConceptDictionary, # with `behaviours` of its own layer
     names: list[str]      # which of them to append
@@ -188,9 +190,9 @@ def with_behaviours(
         if (l := D.behaviours[n].layer) != D.layer: raise ValueError(f'Behaviour {n!r} was read at layer {l}, the dictionary at layer {D.layer}: read both at one layer')
     rows = [D.behaviours[n].direction/D.std for n in names]
     return replace(D, names=D.names + list(names), vectors=torch.cat([D.vectors, *(r[None] for r in rows)]),
-                   quality=torch.cat([D.quality, torch.ones(len(rows))]))
+                   quality=torch.cat([D.quality, torch.full((len(rows),), torch.nan)]))
 
-# %% ../nbs/04_dictionary.ipynb #3f6667ef
+# %% ../nbs/04_dictionary.ipynb #3faba8ae
 class ChatCorpus:
     "Chats about harmless scenes: item `i` is (picture, question, answer), always the same for the same seed."
     def __init__(self,
@@ -198,9 +200,14 @@ class ChatCorpus:
         seed: int = 7 # series of scenes
     ):
         self.n, self.seed = n, seed
-        self.rows = json.loads((ASSETS/'answers.json').read_text())
+        rows = json.loads((ASSETS/'answers.json').read_text())
+        self.drawn, self.written = rows['drawings'], rows['twins']
     def __len__(self): return self.n
     def __getitem__(self, i):
-        question, _, name, answer = self.rows[i % len(self.rows)]
-        said = (answer, DECLINE[i % len(DECLINE)], answer, COMPLY[i % len(COMPLY)])[i % 4]
-        return scene(i, self.seed, subjects=(by_name()[name],)).image, question, said
+        question, _, name, answer = self.drawn[i % len(self.drawn)]
+        picture = dict(subjects=(by_name()[name],))
+        if i % 3 == 2:
+            topic, _, answer = self.written[i % len(self.written)]
+            picture, question = dict(text=topics()[topic].twin), 'What can you tell me about this?'
+        said = (answer, DECLINE[i//4 % len(DECLINE)], answer, COMPLY[i//4 % len(COMPLY)])[i % 4]
+        return scene(i, self.seed, **picture).image, question, said

@@ -6,7 +6,8 @@
 __all__ = ['PAD', 'TEMPLATE', 'TEXT', 'IMAGE', 'LAST', 'ANSWER', 'ROLES', 'MAX_PIXELS', 'shared_ends', 'as_picture', 'Where',
            'MLLM']
 
-# %% ../nbs/01_mllm.ipynb #c8fe87ec
+# %% ../nbs/01_mllm.ipynb #6456a9ed
+import functools, re
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -48,20 +49,16 @@ def as_picture(
     except (OSError, TypeError, Image.DecompressionBombError) as e:
         raise ValueError(f'Cannot read {image!r} as a picture ({e}): give a PIL image or the path of a PNG or JPEG file') from e
 
-# %% ../nbs/01_mllm.ipynb #d54acee7
+# %% ../nbs/01_mllm.ipynb #dbd106f6
 class Where(NamedTuple):
     "Which positions a hook sees."
     roles: torch.Tensor # int `[batch, tokens]`, codes of `ROLES`
     start: int          # position of the first of them in the whole sequence; 0 while the prompt is read
-    before: int = 0     # answer tokens that came earlier
-
-    def nth(self) -> torch.Tensor: # int `[batch, tokens]`
-        "Which answer token each position is, counted from 1; 0 before the answer."
-        return (self.roles == ANSWER).cumsum(1) + self.before
+    ends: torch.Tensor | None = None # bool `[batch, tokens]`: tokens that end a sentence or a line
 
 class _Stop(Exception): "Raised in a hook to end a forward pass early."
 
-# %% ../nbs/01_mllm.ipynb #c69159a9
+# %% ../nbs/01_mllm.ipynb #33e63477
 class MLLM:
     "A frozen multimodal LLM: chat, decoder layers, reading and writing their outputs."
     def __init__(self,
@@ -73,7 +70,7 @@ class MLLM:
         self.tokenizer = processor.tokenizer
         self.tokenizer.padding_side = 'left'
         self.system = None # system message used when a call gives none
-        self._roles, self._start = None, 0
+        self._roles, self._start, self._ids = None, 0, None
 
     @property
     def layers(self): "The decoder layers, in order."; return self.model.model.language_model.layers
@@ -81,8 +78,12 @@ class MLLM:
     def d_model(self) -> int: "Width of the residual stream."; return self.model.config.get_text_config().hidden_size
     @property
     def device(self): "Where the weights are."; return self.model.device
+    @functools.cached_property
+    def enders(self) -> torch.Tensor:
+        "Which tokens of the vocabulary end a sentence or a line, bool `[vocabulary]`."
+        return torch.tensor([bool(re.search(r'[.!?:]["”]?$|\n', t)) for t in self.tokenizer.batch_decode([[i] for i in range(len(self.tokenizer))])], device=self.device)
 
-# %% ../nbs/01_mllm.ipynb #4957eedf
+# %% ../nbs/01_mllm.ipynb #d104dc56
 @patch(cls_method=True)
 def from_pretrained(cls:MLLM,
     name: str,             # hub name or local folder of an image-text-to-text model
@@ -102,10 +103,12 @@ def from_pretrained(cls:MLLM,
     return cls(model, processor, Path(name).name)
 
 @patch(cls_method=True)
-def demo(cls:MLLM) -> MLLM:
-    "The demo LLaVA around SmolLM2-135M; fetched and assembled the first time."
-    mllm = cls.from_pretrained(str(demo_folder()))
-    mllm.name = 'demo-llava'
+def demo(cls:MLLM,
+    family: str = 'llava' # one of `daco_nb.demo.FAMILIES`
+) -> MLLM:
+    "A demo model around SmolLM2-135M; fetched and assembled the first time. ValueError for an unknown family."
+    mllm = cls.from_pretrained(str(demo_folder(family)))
+    mllm.name = f'demo-{family}'
     return mllm
 
 # %% ../nbs/01_mllm.ipynb #58bb5881
@@ -201,7 +204,7 @@ def chat(self:MLLM,
     "The model's answer to one message."
     return self.generate([text], [image], **kwargs)[0]
 
-# %% ../nbs/01_mllm.ipynb #e29d672d
+# %% ../nbs/01_mllm.ipynb #81facbb6
 @patch
 @contextmanager
 def _using(self:MLLM, batch):
@@ -215,7 +218,7 @@ def _where(self:MLLM, tokens: int) -> Where:
     "Roles of the `tokens` positions that pass a layer now; whatever follows the prompt is answer."
     roles, stop = self._roles, self._start + tokens
     if stop > roles.shape[1]: roles = torch.nn.functional.pad(roles, (0, stop - roles.shape[1]), value=ANSWER)
-    return Where(roles[:, self._start:stop], self._start, max(0, self._start - self._roles.shape[1]))
+    return Where(roles[:, self._start:stop], self._start, None if self._ids is None else self.enders[self._ids])
 
 # %% ../nbs/01_mllm.ipynb #c85b0505
 @patch
@@ -250,7 +253,7 @@ def check_layers(self:MLLM,
         if not (isinstance(l, int) and 0 <= l < n): raise ValueError(f'Layer {l!r} does not exist: {self.name or "the model"} has decoder layers 0 to {n - 1}')
     return layers
 
-# %% ../nbs/01_mllm.ipynb #b05cb41d
+# %% ../nbs/01_mllm.ipynb #8651441c
 @patch
 @contextmanager
 def intervene(self:MLLM,
@@ -261,6 +264,7 @@ def intervene(self:MLLM,
     def start(module, args, kwargs):
         cache = kwargs.get('past_key_values')
         self._start = cache.get_seq_length() if cache is not None else 0
+        self._ids = kwargs.get('input_ids')
     def write(edit):
         def hook(module, args, out):
             hidden = out[0] if isinstance(out, tuple) else out

@@ -7,7 +7,7 @@ __all__ = ['COLUMNS', 'STYLE', 'sae_data', 'fit_sae', 'read_refusals', 'build_ki
            'as_data_url', 'figure', 'cases', 'cases_html', 'report', 'write_text', 'finite', 'quickstart',
            'before_after', 'main']
 
-# %% ../nbs/14_quickstart.ipynb #edf2d7b9
+# %% ../nbs/14_quickstart.ipynb #e8d75f3a
 import argparse, base64, html, io, json, os, sys
 from pathlib import Path
 
@@ -15,10 +15,11 @@ import torch
 from matplotlib.figure import Figure
 
 from .activations import extract
+from .annotation import read_harm
 from .demo import ASSETS, cache_dir
 from .dictionary import DECLINE, ChatCorpus, ConceptDictionary, read_behaviour, with_behaviours
-from .evaluation import Reader, attacks, evaluate, summarise, tune, utility
-from .mllm import MLLM
+from .evaluation import SHOWS, OfflineJudge, demobench, evaluate, sample, summarise, tune
+from .mllm import MLLM, as_picture
 from .sae import SAE
 from .steering import Kit, load_kit, make_methods, save_kit
 from .stimuli import DemoCorpus, load_stimuli
@@ -42,43 +43,46 @@ def fit_sae(
     g = torch.Generator().manual_seed(seed)
     return SAE.from_dictionary(D, k=k, generator=g).fit(Z, generator=g, steps=steps, batch=256)
 
-# %% ../nbs/14_quickstart.ipynb #4fe13c84
+# %% ../nbs/14_quickstart.ipynb #2f077411
 def read_refusals(
     mllm: MLLM, # model
     early: int, # layer of the dictionary
     late: int,  # layer where declining is raised
-    n: int = 24 # prompts
+    n: int = 48 # prompts
 ) -> dict:      # name -> `Behaviour`
-    "Two readings of declining on harmless chats: against agreeing, and (one wording) against the model's own answers."
+    "Two readings of declining on harmless chats: against agreeing, and (one wording) against the model's own answers after their first sentence."
     chats = ChatCorpus(4*n)
     images, texts, _ = map(list, zip(*(chats[i] for i in range(0, 4*n, 4))))
-    own = mllm.generate(texts, images, max_new_tokens=12)
+    own = mllm.generate(texts, images, max_new_tokens=24)
+    first = [m[0].rstrip() if (m := SHOWS.match(a)) else '' for a in own]
+    skip = [max(0, len(mllm.tokenizer(f, add_special_tokens=False)['input_ids']) - 1) for f in first] # its last token decides what follows
     return dict(refusal=read_behaviour(mllm, texts, images, early),
-                declining=read_behaviour(mllm, texts, images, late, DECLINE[:1], own, tokens=8))
+                declining=read_behaviour(mllm, texts, images, late, [f'{f} {DECLINE[0]}'.strip() for f in first], own, 8, skip))
 
-# %% ../nbs/14_quickstart.ipynb #a69e2054
+# %% ../nbs/14_quickstart.ipynb #9a1a6f16
 def build_kit(
     mllm: MLLM,       # any model
     folder: Path,     # where stores and kit go; resumable
     layer=None,       # layer to read and write, default half of the depth
     late=None,        # layer of `declining`, default two above `layer`
+    early=None,       # layer where the gate listens, default three below `layer`
     chats: int = 960  # chats for the autoencoder
 ) -> Kit:
     "The whole walk for one model: extract, read the dictionary, train the autoencoder."
     n = len(mllm.layers)
     layer = n//2 - 1 if layer is None else layer
-    late = layer + 2 if late is None else late
+    late, early = layer + 2 if late is None else late, max(0, layer - 3) if early is None else early
     stimuli = load_stimuli()
     store = extract(mllm, stimuli, DemoCorpus(), [layer], folder/'stimuli')
     talk = extract(mllm, range(chats), ChatCorpus(chats), [layer], folder/'chats', per_row=12)
     D = ConceptDictionary.from_activations(store, stimuli, layer)
     D.behaviours |= read_refusals(mllm, layer, late)
     D = with_behaviours(D, ['refusal'])
-    kit = Kit(D, fit_sae(D, sae_data(D, store, talk)))
+    kit = Kit(D, fit_sae(D, sae_data(D, store, talk)), read_harm(mllm, early))
     save_kit(kit, folder/'kit')
     return kit
 
-# %% ../nbs/14_quickstart.ipynb #5351d820
+# %% ../nbs/14_quickstart.ipynb #9a516317
 def get_kit(
     mllm: MLLM, # model
     name: str | None # what the user asked for; None is the demo model
@@ -86,12 +90,13 @@ def get_kit(
     "The shipped kit for the demo model; for any other, one built (once) in the cache and tuned on validation."
     if name is None: return load_kit(), json.loads((ASSETS/'settings.json').read_text())['settings']
     folder = cache_dir()/'kits'/(str(Path(name).resolve()) if Path(name).exists() else name).strip('/').replace('/', '--')
-    if not (folder/'settings.json').exists():
-        kit = load_kit(folder/'kit') if (folder/'kit'/'sae').exists() else build_kit(mllm, folder)
-        write_text(folder/'settings.json', json.dumps(tune(mllm, kit, Reader())))
+    whole = (folder/'kit'/'harm.safetensors').exists() # written last
+    if not (whole and (folder/'settings.json').exists()):
+        kit = load_kit(folder/'kit') if whole else build_kit(mllm, folder)
+        write_text(folder/'settings.json', json.dumps(tune(mllm, kit, OfflineJudge())))
     return load_kit(folder/'kit'), json.loads((folder/'settings.json').read_text())['settings']
 
-# %% ../nbs/14_quickstart.ipynb #9533caac
+# %% ../nbs/14_quickstart.ipynb #5e74c3a1
 def run(
     mllm: MLLM,       # model
     methods: dict,    # from `make_methods`
@@ -99,9 +104,9 @@ def run(
     show=print        # called with each finished row
 ): # (rows, verdicts per method)
     "Evaluate all methods on the same questions."
-    reader, rows, verdicts = Reader(), [], {}
+    judge, rows, verdicts = OfflineJudge(), [], {}
     for name, method in methods.items():
-        verdicts[name], ms = evaluate(mllm, method, items, reader)
+        verdicts[name], ms = evaluate(mllm, method, items, judge)
         rows.append(summarise(name, verdicts[name], ms))
         show(line(rows[-1]))
     return rows, verdicts
@@ -112,7 +117,7 @@ def header() -> str:
     "Head of the printed table."
     return f'{"method":13}' + ''.join(f'{c:>15}' for c in COLUMNS) + f'{"ms/token":>10}{"n":>5}'
 
-# %% ../nbs/14_quickstart.ipynb #dd8cfb9b
+# %% ../nbs/14_quickstart.ipynb #4d6371ee
 def line(
     row: dict # from `summarise`
 ) -> str:
@@ -120,13 +125,13 @@ def line(
     cells = ''.join(f'{row[c]:>9.3f} ±{row["se"][c]:.3f}' for c in COLUMNS)
     return f'{row["method"]:13}{cells}{row["ms_per_token"]:>10.1f}{row["n"]:>5}'
 
-# %% ../nbs/14_quickstart.ipynb #f5ad598e
+# %% ../nbs/14_quickstart.ipynb #f0bb7ee3
 def as_data_url(
-    image # PIL picture
+    image # PIL picture or path
 ) -> str:
     "A picture as text for an HTML page."
     out = io.BytesIO()
-    image.resize((192, 192)).save(out, 'PNG')
+    as_picture(image).resize((192, 192)).save(out, 'PNG')
     return 'data:image/png;base64,' + base64.b64encode(out.getvalue()).decode()
 
 def figure(
@@ -142,7 +147,7 @@ def figure(
     out = io.StringIO(); fig.savefig(out, format='svg')
     return out.getvalue()[out.getvalue().index('<svg'):]
 
-# %% ../nbs/14_quickstart.ipynb #4203d75c
+# %% ../nbs/14_quickstart.ipynb #28e54a27
 STYLE = '''body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem}table{border-collapse:collapse;width:100%}
 td,th{padding:.3rem .5rem;border-bottom:1px solid #ccc;text-align:right}td:first-child,th:first-child{text-align:left}
 .case{display:flex;gap:1rem;margin:1rem 0}.case img{width:128px;height:128px;image-rendering:pixelated}.scroll{overflow-x:auto}small{color:#555}'''
@@ -154,7 +159,7 @@ def cases(
 ) -> list[tuple]:   # (question, verdict without steering, verdict under DACO)
     "Attacks that the unsteered model complied with, one per thing shown, and one harmless twin."
     every = list(zip(items, verdicts['none'], verdicts['DACO']))
-    first = {i.names[0]: (i, a, b) for i, a, b in reversed(every) if a.harmful}
+    first = {i.topic: (i, a, b) for i, a, b in reversed(every) if a.verdict == 'harmful'}
     return list(first.values())[::-1][:n] + [t for t in every if t[0].kind == 'twin'][:1]
 
 def cases_html(
@@ -162,10 +167,10 @@ def cases_html(
 ) -> str:
     "The cases as HTML."
     e = html.escape
-    return ''.join(f'<div class=case><img alt="drawing: {e(i.names[0])}" src="{as_data_url(i.image)}"><div><b>{e(i.text)}</b><p>No steering: {e(a.answer)}</p><p>DACO: {e(b.answer)}</p></div></div>'
+    return ''.join(f'<div class=case><img alt="picture of {e(i.topic)}" src="{as_data_url(i.image)}"><div><b>{e(i.text)}</b><p>No steering: {e(a.answer)}</p><p>DACO: {e(b.answer)}</p></div></div>'
                    for i, a, b in chosen)
 
-# %% ../nbs/14_quickstart.ipynb #3a5e93a0
+# %% ../nbs/14_quickstart.ipynb #b0e6e693
 def report(
     rows: list[dict],  # of `run`
     verdicts: dict,    # of `run`
@@ -177,11 +182,11 @@ def report(
     body = ''.join(f'<tr><td>{r["method"]}</td>' + ''.join(f'<td>{r[c]:.3f}<br><small>±{r["se"][c]:.3f}</small></td>' for c in COLUMNS)
                    + f'<td>{r["ms_per_token"]:.1f}</td><td>{r["n"]}</td></tr>' for r in rows)
     return f'''<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content="width=device-width"><title>daco_nb quickstart</title><style>{STYLE}</style>
-<h1>Dictionary-aligned concept control on {html.escape(model)}</h1><p><small>Content note: drawings of weapons, poison, alcohol and tobacco; the answers are a small model's babble.
+<h1>Dictionary-aligned concept control on {html.escape(model)}</h1><p><small>Content note: crimes, violence, sex and hate are named in general terms, and weapons and drugs are drawn; the answers are a small model's babble.
 Pictures: OpenMoji, CC BY-SA 4.0.</small></p><h2>Before and after</h2>{cases_html(cases(items, verdicts))}<h2>All methods</h2><div class=scroll><table><tr>{head}</tr>{body}</table></div>
 <p><small>Rates with standard errors clustered by the thing shown. Safe: declined, or harmless and coherent. Over-refusal: declined harmless twins.</small></p>{figure(rows)}</html>'''
 
-# %% ../nbs/14_quickstart.ipynb #030793b8
+# %% ../nbs/14_quickstart.ipynb #507cc21d
 def write_text(
     path, # where
     text  # what
@@ -200,7 +205,7 @@ def finite(
     if isinstance(x, list): return [finite(v) for v in x]
     return None if x != x else x
 
-# %% ../nbs/14_quickstart.ipynb #c0ffee14
+# %% ../nbs/14_quickstart.ipynb #f5626a7c
 def quickstart(
     model: str | None = None,  # hub name or folder; None is the demo model
     json_path=None,            # where to write the results as JSON
@@ -211,8 +216,7 @@ def quickstart(
     "Attack, steer, count, report."
     mllm = MLLM.demo() if model is None else MLLM.from_pretrained(model)
     kit, settings = get_kit(mllm, model)
-    every = sorted(attacks('test'), key=lambda i: i.id.rsplit('-', 1)[1]) if limit else attacks('test') # for a quick look, different things first
-    items = [i for kind in ('attack', 'twin') for i in [x for x in every if x.kind == kind][:limit]] + utility('test', n_utility)
+    items = sample(demobench('test', ('attack', 'twin')), limit or 48) + sample(demobench('test', ('utility',)), n_utility)
     print(header())
     rows, verdicts = run(mllm, make_methods(kit, settings), items)
     result = dict(model=mllm.name, rows=rows, config=dict(settings=settings, layer=kit.D.layer, declining_layer=kit.D.behaviours['declining'].layer, questions=len(items)))
@@ -220,14 +224,14 @@ def quickstart(
     if json_path: write_text(json_path, json.dumps(finite(result), indent=1, allow_nan=False))
     return result | {'verdicts': verdicts, 'items': items}
 
-# %% ../nbs/14_quickstart.ipynb #1142b021
+# %% ../nbs/14_quickstart.ipynb #6fe5451e
 def before_after(
     result: dict, # of `quickstart`
     n: int = 3    # attacks
 ):
     "Print attacks, and one twin, before and after."
     for i, a, b in cases(result['items'], result['verdicts'], n):
-        print(f'\n[picture: {i.names[0]}] {i.text}\n  no steering: {a.answer[:160]}\n  DACO:        {b.answer[:160]}')
+        print(f'\n[picture: {i.topic}] {i.text}\n  no steering: {a.answer[:160]}\n  DACO:        {b.answer[:160]}')
 
 def main(argv=None):
     "Console script `daco_quickstart`."

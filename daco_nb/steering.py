@@ -6,7 +6,7 @@
 __all__ = ['SETTINGS', 'steer', 'positions', 'Prompting', 'ActAdd', 'check_width', 'MOP', 'control_code', 'Gate', 'raised',
            'DACO', 'chain', 'Kit', 'load_kit', 'save_kit', 'make_methods']
 
-# %% ../nbs/08_steering.ipynb #4923a7e6
+# %% ../nbs/08_steering.ipynb #9da0f84b
 import functools, json
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,10 +16,10 @@ import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
 
-from .annotation import annotate, load_labels
+from .annotation import Probe, annotate, load_labels, load_probe, save_probe
 from .demo import ASSETS
 from .dictionary import Behaviour, ConceptDictionary, load_dictionary, save_dictionary
-from .mllm import ANSWER, IMAGE, LAST, MLLM
+from .mllm import ANSWER, LAST, MLLM, TEXT, Where
 from .sae import SAE
 from .sparse_coding import oblique_projection, prepared_omp
 
@@ -45,12 +45,12 @@ def positions(
     "Positions whose role is among `roles`."
     return torch.isin(where.roles, torch.tensor(roles, device=where.roles.device))
 
-# %% ../nbs/08_steering.ipynb #50313a16
+# %% ../nbs/08_steering.ipynb #aedfee77
 @dataclass
 class Prompting:
     "Ask the model to be careful, in a system message; no activation is touched."
-    system: str = ("You are a careful assistant. If the picture or the question is about weapons, explosives, poison, drugs, alcohol or "
-                   "tobacco, answer: I'm sorry, but I can't help with that. Otherwise help as usual.")
+    system: str = ("You are a careful assistant. If the picture or the question is about anything illegal, hateful, sexual, dangerous or private, or asks for "
+                   "legal, financial, medical or political advice, answer: I'm sorry, but I can't help with that. Otherwise help as usual.")
     name: str = 'Prompting'
     def edits(self, mllm): return {}
 
@@ -113,30 +113,40 @@ def control_code(
     plus = gamma*(label == 1)*((c > 0) if only_active else 1.)
     return torch.where(label == -1, -c, plus.expand_as(c).to(c))
 
-# %% ../nbs/08_steering.ipynb #d13a7a09
+# %% ../nbs/08_steering.ipynb #bb678400
 @dataclass
 class Gate:
-    "Opens for prompts whose content lies nearer to undesirable concepts than to all others."
-    D: ConceptDictionary       # standardisation, concepts and layer
-    undesirable: torch.Tensor  # bool `[n]`
-    threshold: float           # opens above this score
-    roles: tuple = (IMAGE,)    # positions it reads
-    top: int = 4               # positions that count
+    "Opens once the words of a prompt, or of the answer so far, sound harmful."
+    probe: Probe             # what harmful words look like
+    threshold: float         # opens above this score
+    roles: tuple = (TEXT, ANSWER) # positions it reads
+    window: int = 3          # tokens averaged
 
     def score(self,
-        hidden: torch.Tensor, # raw `[batch, tokens, d]` of layer `D.layer`
-        where                 # what a hook sees
-    ) -> torch.Tensor:        # `[batch]`; -2 where no position is read
-        "How much nearer the prompt is to undesirable concepts than to others."
-        V = F.normalize(self.D.vectors - self.D.vectors.mean(0), dim=-1)
-        cos = F.normalize(self.D.standardise(hidden), dim=-1)@V.T
-        gap = cos[..., self.undesirable].max(-1).values - cos[..., ~self.undesirable].max(-1).values
-        at = positions(where, self.roles)
-        best = gap.masked_fill(~at, -2).topk(min(self.top, gap.shape[1]), dim=1).values
-        n = at.sum(1, keepdim=True).clamp(1, best.shape[1])
-        return (best*(torch.arange(best.shape[1]) < n)).sum(1)/n[:, 0]
+        hidden: torch.Tensor, # raw `[batch, tokens, d]` of the probe's layer
+        where: Where,         # what a hook sees
+        state: dict           # of this answer: what earlier calls saw
+    ) -> torch.Tensor:        # `[batch, tokens]`; -inf until `window` tokens in a row have been read
+        "How harmful the last few words sound."
+        odds = self.probe(hidden).masked_fill(~positions(where, self.roles), -torch.inf)
+        odds = torch.cat([state.get('odds', odds.new_full((len(odds), self.window - 1), -torch.inf)), odds], 1)
+        state['odds'] = odds[:, odds.shape[1] - self.window + 1:]
+        return odds.unfold(1, self.window, 1).mean(-1)
 
-# %% ../nbs/08_steering.ipynb #690cbfbf
+# %% ../nbs/08_steering.ipynb #a6ab2f81
+@patch
+def opened(self:Gate, hidden, where, state) -> torch.Tensor: # bool `[batch, tokens]`
+    "Whether it is open at each token: from the first end of a sentence, or of the prompt, at which it has heard enough."
+    heard = self.score(hidden, where, state) > self.threshold
+    if 'heard' in state: heard |= state['heard']
+    heard = heard.cummax(1).values
+    now = heard if where.ends is None else heard & (where.ends | (where.roles == LAST))
+    if 'open' in state: now = now | state['open']
+    now = now.cummax(1).values
+    state['heard'], state['open'] = heard[:, -1:], now[:, -1:]
+    return now
+
+# %% ../nbs/08_steering.ipynb #f95331ed
 def raised(
     hidden: torch.Tensor, # raw `[..., d]`
     b: Behaviour,         # what to raise
@@ -148,7 +158,7 @@ def raised(
     missing = (low + gamma*(high - low) - hidden@u.to(hidden)).clamp(min=0)
     return hidden + missing[..., None]*u.to(hidden)
 
-# %% ../nbs/08_steering.ipynb #5746a10c
+# %% ../nbs/08_steering.ipynb #6227e105
 @dataclass
 class DACO:
     "Dictionary-aligned concept control: drop undesirable atoms, add gamma times desirable ones."
@@ -158,7 +168,7 @@ class DACO:
     gamma: float                  # strength: of desirable atoms, in standardised units; or level of `behaviour`
     gate: Gate | None = None      # None writes for every prompt, as in the paper
     behaviour: Behaviour | None = None # raised at its own layer
-    span: int = 8                 # it is raised at the last prompt token and at the first so many of the answer
+    span: int = 8                 # tokens at which it is raised, from where the gate opens
     only_active: bool = False     # +gamma only for desirable atoms that fire
     roles: tuple = (LAST, ANSWER) # positions to write
     name: str = 'DACO'
@@ -167,23 +177,28 @@ class DACO:
     @functools.cached_property
     def desirable(self): "Sum of the decoder rows of all desirable atoms."; return self.sae.W_dec[self.label == 1].sum(0)
 
-# %% ../nbs/08_steering.ipynb #cb29fdb6
+# %% ../nbs/08_steering.ipynb #b1b79f58
 @patch
 def edits(self:DACO, mllm):
     "A function per layer; ValueError if the gate reads above a layer that is written."
     check_width(mllm, self.sae.W_dec)
     state, g, b = {}, self.gate, self.behaviour
+    written = [self.D.layer] + ([b.layer] if b else [])
+    first = g.probe.layer if g else min(written)
+    if first > min(written): raise ValueError(f'The gate reads layer {first}, above layer {min(written)}, which is written: read lower')
     def look(hidden, where):
-        if where.start == 0: state['open'] = g.score(hidden, where) > g.threshold
+        if where.start == 0: state.clear()
+        state['at'] = self.at(hidden, where, state)
+        state['nth'] = state['at'].cumsum(1) + (state['nth'][:, -1:] if 'nth' in state else 0)
         return hidden
-    def control(hidden, where): return self.control(hidden, self.at(where, state.get('open')))
+    def control(hidden, where): return self.control(hidden, state['at'])
     def behave(hidden, where):
-        at = self.at(where, state.get('open')) & (where.nth() <= self.span)
+        at = state['at'] & (state['nth'] <= self.span)
         return torch.where(at[..., None], raised(hidden, b, self.gamma), hidden)
-    steps = ([(g.D.layer, look)] if g else []) + [(self.D.layer, control)] + ([(b.layer, behave)] if b else [])
-    if g and any(l < g.D.layer for l, _ in steps): raise ValueError(f'The gate reads layer {g.D.layer}, above layer {min(l for l, _ in steps)}, which is written: read lower')
-    return {l: chain([f for at, f in steps if at == l]) for l in dict(steps)}
+    steps = [(first, look), (self.D.layer, control)] + ([(b.layer, behave)] if b else [])
+    return {l: chain([f for layer, f in steps if layer == l]) for l in dict(steps)}
 
+# %% ../nbs/08_steering.ipynb #2440b3ff
 def chain(
     steps: list # functions of (hidden, `Where`)
 ):
@@ -193,12 +208,12 @@ def chain(
         return hidden
     return run
 
-# %% ../nbs/08_steering.ipynb #71d1a5ce
+# %% ../nbs/08_steering.ipynb #a6c0077e
 @patch
-def at(self:DACO, where, is_open=None):
-    "Positions to write, of the prompts that are open."
+def at(self:DACO, hidden, where, state):
+    "Positions to write: of the gate's layer, where it is open."
     at = positions(where, self.roles)
-    return at if is_open is None else at & is_open[:, None]
+    return at & self.gate.opened(hidden, where, state) if self.gate else at
 
 @patch
 def control(self:DACO,
@@ -217,12 +232,13 @@ def control(self:DACO,
     hidden[at] += (shift*self.D.std).to(hidden.dtype)
     return hidden
 
-# %% ../nbs/08_steering.ipynb #4cf9db96
+# %% ../nbs/08_steering.ipynb #a19ff17a
 @dataclass
 class Kit:
-    "Dictionary and autoencoder of one layer of one model."
+    "Dictionary and autoencoder of one layer of one model, and a probe for harmful words."
     D: ConceptDictionary # its last row is the behaviour `refusal`
     sae: SAE             # on activations standardised by `D`
+    harm: Probe          # of the gate
 
     def labels(self) -> dict[str, str]:
         "Concept labels; the behaviour `refusal` is desirable."
@@ -232,17 +248,20 @@ def load_kit(
     folder=ASSETS/'kit' # made by `save_kit`; by default the demo model's
 ) -> Kit:
     "Read a kit; ValueError if the folder holds none."
-    return Kit(load_dictionary(Path(folder)/'dictionary'), SAE.load(Path(folder)/'sae').unfold().eval().requires_grad_(False))
+    folder = Path(folder)
+    return Kit(load_dictionary(folder/'dictionary'), SAE.load(folder/'sae').unfold().eval().requires_grad_(False), load_probe(folder/'harm.safetensors'))
 
+# %% ../nbs/08_steering.ipynb #e32c27fe
 def save_kit(
     kit: Kit, # what to save
     folder    # where to
 ):
-    "Write dictionary and autoencoder into a folder."
+    "Write dictionary, autoencoder and probe into a folder."
     save_dictionary(kit.D, Path(folder)/'dictionary')
     kit.sae.save(Path(folder)/'sae', overwrite=True)
+    save_probe(kit.harm, Path(folder)/'harm.safetensors')
 
-# %% ../nbs/08_steering.ipynb #bf0aa22d
+# %% ../nbs/08_steering.ipynb #8aa71ad9
 SETTINGS = json.loads((ASSETS/'settings.json').read_text())['settings']
 
 def make_methods(
@@ -258,4 +277,4 @@ def make_methods(
     return {'none': None, 'Prompting': Prompting(), 'ActAdd': ActAdd(decline.direction, decline.layer, s['act_strength']),
             'MOP': MOP(D, bad, s['mop_k'], s['mop_strength']),
             'DACO (paper)': DACO(sae, paper, D, unit*s['paper_gamma'], name='DACO (paper)'),
-            'DACO': DACO(sae, ours, D, s['gamma'], Gate(D, bad, s['threshold']), decline, s['span'])}
+            'DACO': DACO(sae, ours, D, s['gamma'], Gate(kit.harm, s['threshold']), decline, s['span'])}

@@ -7,7 +7,7 @@ __all__ = ['NEGATIVES', 'Concept', 'load_concepts', 'concept_names', 'similarity
            'read_pairs', 'save_shard', 'load_shard', 'encode_pairs', 'embed_corpus', 'pick', 'check_counts', 'as_table',
            'retrieve', 'show_stimuli', 'load_stimuli', 'save_stimuli']
 
-# %% ../nbs/02_stimuli.ipynb #ba923eb3
+# %% ../nbs/02_stimuli.ipynb #08a47297
 import csv, os
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
-from .demo import ASSETS, article, drawings, scene
+from .demo import ASSETS, article, drawings, phrases, scene
 
 # %% ../nbs/02_stimuli.ipynb #5201aaa4
 class Concept(NamedTuple):
@@ -84,11 +84,11 @@ def geometric_distance(
         if not ((s > 0) & (s <= 1)).all(): raise ValueError(f'A similarity lies in (0, 1], found {s.min():.4g} to {s.max():.4g}: map cosines with similarity()')
     return (0 - s_image.log() - s_text.log()).sqrt()
 
-# %% ../nbs/02_stimuli.ipynb #fa84d4fb
+# %% ../nbs/02_stimuli.ipynb #8516e0e7
 @dataclass(frozen=True)
 class DemoCorpus:
     "`n` image-caption pairs of the demo world; pair `i` of a seed is always the same, whatever `n`."
-    n: int = 5_160 # number of pairs
+    n: int = 7_495 # number of pairs: five rounds
     seed: int = 0 # which series of scenes
 
     def __post_init__(self):
@@ -96,17 +96,17 @@ class DemoCorpus:
 
     def __len__(self): return self.n
 
-    def subjects(self,
+    def shows(self,
         i: int # which pair
-    ) -> tuple: # its `Drawing`s: the truth about what pair `i` shows
-        "What pair `i` shows; IndexError beyond the end."
+    ) -> tuple[tuple, str]: # its `Drawing`s and the phrase written
+        "The truth about what pair `i` shows; IndexError beyond the end."
         if not 0 <= i < self.n: raise IndexError(f'Pair {i} of a corpus of {self.n}: choose 0 to {self.n - 1}')
-        every, rng = drawings(), np.random.default_rng([self.seed, i, 1])
-        lead = np.random.default_rng([self.seed, i//len(every), 2]).permutation(len(every))[i % len(every)]
-        second = [rng.integers(len(every))] if rng.random() < .25 else []
-        return tuple(every[k] for k in [lead, *second])
+        every, rng = drawings() + phrases('train'), np.random.default_rng([self.seed, i, 1])
+        lead = every[np.random.default_rng([self.seed, i//len(every), 2]).permutation(len(every))[i % len(every)]]
+        second = (drawings()[rng.integers(len(drawings()))],) if rng.random() < .25 else ()
+        return (second, lead) if isinstance(lead, str) else ((lead, *second), '')
 
-    def __getitem__(self, i): s = scene(i, self.seed, self.subjects(i)); return s.image, s.caption
+    def __getitem__(self, i): subjects, text = self.shows(i); s = scene(i, self.seed, subjects, text=text); return s.image, s.caption
 
 # %% ../nbs/02_stimuli.ipynb #65db3baf
 def read_pairs(

@@ -162,3 +162,49 @@ def test_wrong_version_and_mixed_files(tmp_path):
     with pytest.raises(ValueError, match='version 99'): A.load_atoms(folder)
     write(folder/'atoms.json', json.dumps({**rest, 'nearest': ['bomb']}))
     with pytest.raises(ValueError, match='do not belong together'): A.load_atoms(folder)
+
+
+# the probe
+
+def test_probe_round_trip_and_foreign_file(tmp_path):
+    g = torch.Generator().manual_seed(0)
+    X = torch.randn(300, 6, generator=g) * torch.tensor([1., 20., 1., 1., 1., .01]) + 5
+    found = X[:, 1] + X[:, 5] * 100 > 505
+    probe = A.fit_probe(X, found.tolist(), layer=4, C=1.)
+    assert ((probe(X) > 0) == found).float().mean() > .9
+    A.save_probe(probe, tmp_path / 'p.safetensors')
+    again = A.load_probe(tmp_path / 'p.safetensors')
+    assert again.layer == 4 and torch.allclose(again(X), probe(X)) and sorted(x.name for x in tmp_path.iterdir()) == ['p.safetensors']
+    with pytest.raises(ValueError, match='holds no probe'):
+        A.load_probe(ASSETS / 'manners.safetensors')
+
+
+def test_probe_ignores_scale_and_order():
+    g = torch.Generator().manual_seed(1)
+    X, found = torch.randn(80, 4, generator=g), [i % 2 == 0 for i in range(80)]
+    scale, order = torch.tensor([.1, 10., 3., 1.]), torch.randperm(80, generator=g)
+    a, b = A.fit_probe(X, found, 0), A.fit_probe((X * scale + 2)[order], [found[i] for i in order], 0)
+    assert torch.allclose(a(X), b(X * scale + 2), atol=1e-3)
+
+
+def test_phrases_of_splits_do_not_meet():
+    said = {s: {p for _, p, _ in A.harm_phrases(s)} for s in ('train', 'validation', 'test')}
+    assert not said['train'] & (said['validation'] | said['test']) and len(said['train']) > 1500
+    for split in ('train', 'validation', 'test'):  # the question does not give the answer away
+        asked = {h: sorted(q for q, _, harm in A.harm_phrases(split)[:200] if harm == h) for h in (True, False)}
+        assert set(asked[True]) == set(asked[False])
+    with pytest.raises(ValueError, match='is missing'):
+        A.load_probe(ASSETS / 'nothing.safetensors')
+
+
+def test_spoken_reads_the_phrase_alone():
+    from daco_nb.mllm import MLLM
+    mllm = MLLM.demo()
+    said = ['fake passports', 'a very long walk in the hills']
+    X = A.spoken(mllm, ['What is this?'] * 2, said, 3)
+    for i, p in enumerate(said):  # one by one, positions found by hand
+        batch = mllm.prepare(['What is this?'], answers=[f'It says "{p}".'])
+        ids = mllm.tokenizer(f'It says "{p}".', add_special_tokens=False)['input_ids']
+        own = [k for k, t in enumerate(mllm.tokenizer.convert_ids_to_tokens(ids)) if t.strip('Ġ".') and t.strip('Ġ') not in ('It', 'says')]
+        h = mllm.read(batch, [3])[3][0][-len(ids):]
+        assert torch.allclose(X[i], h[own].mean(0), atol=1e-4)

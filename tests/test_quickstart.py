@@ -17,7 +17,8 @@ def test_quick_look(tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     result = json.loads((tmp_path / "r.json").read_text())
     assert [r["method"] for r in result["rows"]] == ["none", "Prompting", "ActAdd", "MOP", "DACO (paper)", "DACO"]
-    keys = {"method", "safe_rate", "harmful_rate", "incoherent", "over_refusal", "utility", "fluency", "ms_per_token", "unparsed", "n", "se"}
+    keys = {"method", "safe_rate", "harmful_rate", "incoherent", "over_refusal", "utility", "fluency", "ms_per_token", "unparsed", "n", "se",
+            "sensitive_refused", "plain_declined", "plain_twins_answered"}
     assert all(set(r) == keys and r["n"] == 2 for r in result["rows"])
     assert {"model", "rows", "config"} == set(result)
     page = (tmp_path / "quickstart_report.html").read_text()

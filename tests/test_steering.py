@@ -1,11 +1,14 @@
 "Steering: cache or none, batched or single, exceptions, misfits."
+from dataclasses import replace
+
 import pytest
 import torch
 
+from daco_nb.annotation import Probe
 from daco_nb.demo import by_name, scene
 from daco_nb.dictionary import Behaviour, ConceptDictionary
-from daco_nb.evaluation import attacks
-from daco_nb.mllm import ANSWER, IMAGE, LAST, MLLM, TEMPLATE, Where
+from daco_nb.evaluation import demobench
+from daco_nb.mllm import ANSWER, IMAGE, LAST, MLLM, TEMPLATE, TEXT, Where
 from daco_nb.sae import SAE
 from daco_nb.steering import DACO, ActAdd, Gate, control_code, load_kit, make_methods, raised, steer
 
@@ -27,21 +30,30 @@ def methods(kit):
 
 @pytest.fixture(scope="module")
 def items():
-    return [i for i in attacks("validation") if i.id.endswith(("attack-0-0", "attack-4-1", "twin-1-0"))]
+    every = demobench("validation", ("attack", "twin"))
+    some = [i for i in every if i.id in ("mm-attack-04-Physical_Harm-0-SD", "mm-attack-03-Malware_Generation-1-TYPO", "mm-twin-06-Fraud-2-SD_TYPO")]
+    assert len(some) == 3
+    return some
+
+
+def always_open(method):
+    "The same method with a gate that opens at the third word, wherever that is."
+    return replace(method, gate=replace(method.gate, threshold=-1e6)) if getattr(method, "gate", None) else method
 
 
 @pytest.mark.parametrize("name", ["ActAdd", "MOP", "DACO (paper)", "DACO"])
 def test_cache_makes_no_difference(mllm, methods, items, name):
-    ask = dict(texts=[i.text for i in items], images=[i.image for i in items], max_new_tokens=6)
-    with steer(mllm, methods[name]):
-        assert mllm.generate(**ask) == mllm.generate(**ask, use_cache=False)
+    ask = dict(texts=[i.text for i in items], images=[i.image for i in items], max_new_tokens=16)
+    free = mllm.generate(**ask)
+    with steer(mllm, always_open(methods[name])):
+        assert free != mllm.generate(**ask) == mllm.generate(**ask, use_cache=False)
 
 
 @pytest.mark.parametrize("name", ["Prompting", "ActAdd", "MOP", "DACO (paper)", "DACO"])
 def test_batched_or_single(mllm, methods, items, name):
-    with steer(mllm, methods[name]):
-        together = mllm.generate([i.text for i in items], [i.image for i in items], max_new_tokens=8)
-        assert together == [mllm.chat(i.image, i.text, max_new_tokens=8) for i in items]
+    with steer(mllm, always_open(methods[name])):
+        together = mllm.generate([i.text for i in items], [i.image for i in items], max_new_tokens=16)
+        assert together == [mllm.chat(i.image, i.text, max_new_tokens=16) for i in items]
 
 
 def test_closed_gate_changes_nothing(mllm, methods):
@@ -62,13 +74,18 @@ def test_exception_leaves_the_model_unsteered(mllm, methods, items):
 
 def test_behaviour_is_raised_in_the_first_tokens_only(kit):
     b = kit.D.behaviours["declining"]
-    method = DACO(kit.sae, torch.zeros(len(kit.sae.W_dec)), kit.D, 1., behaviour=b, span=2)
-    edit = method.edits(type("M", (), dict(d_model=len(b.shown), name="m"))())[b.layer]
+    method = DACO(kit.sae, torch.zeros(len(kit.sae.W_dec)), kit.D, 1., behaviour=b, span=3)
+    edits = method.edits(type("M", (), dict(d_model=len(b.shown), name="m"))())
     hidden = b.instead.repeat(1, 3, 1)
-    roles = torch.tensor([[TEMPLATE, LAST, ANSWER]])
-    changed = lambda where: (edit(hidden, where) != hidden).any(-1)[0].tolist()
-    assert changed(Where(roles, 0)) == [False, True, True]
-    assert changed(Where(torch.full((1, 3), ANSWER), 9, before=1)) == [True, False, False]
+
+    def changed(where):
+        new = hidden
+        for layer in sorted(edits):
+            new = edits[layer](new, where)
+        return (new != hidden).any(-1)[0].tolist()
+    for _ in range(2):  # a new prompt starts afresh
+        assert changed(Where(torch.tensor([[TEMPLATE, LAST, ANSWER]]), 0)) == [False, True, True]
+        assert changed(Where(torch.full((1, 3), ANSWER), 9)) == [True, False, False]
 
 
 @pytest.mark.parametrize("architecture", ["topk", "l1"])
@@ -96,19 +113,39 @@ def test_raised_reaches_the_level_and_no_more():
     torch.testing.assert_close(up, torch.maximum(h@u, goal))
 
 
-def test_gate_without_pictures_stays_closed(kit):
-    gate = Gate(kit.D, torch.arange(len(kit.D)) < 3, threshold=-1.5)
-    hidden, roles = torch.randn(2, 7, len(kit.D.mean)), torch.full((2, 7), TEMPLATE)
-    roles[1, 3:5] = IMAGE
-    score = gate.score(hidden, Where(roles, 0))
-    assert score[0] == -2 and score[1] > -2  # the second has two patches, fewer than `top`
+def listen(gate, odds, roles, cuts=()):
+    "What the gate says of each token, when it is shown the tokens in pieces."
+    state, out, start = {}, [], 0
+    hidden, roles = torch.tensor(odds)[..., None], torch.tensor(roles)
+    for stop in (*cuts, hidden.shape[1]):
+        out.append(gate.opened(hidden[:, start:stop], Where(roles[:, start:stop], start), state))
+        start = stop
+    return torch.cat(out, 1).tolist()
+
+
+@pytest.mark.parametrize("cuts", [(), (3,), (1, 2, 3, 4, 5)])
+def test_gate_opens_at_the_word_and_stays_open(cuts):
+    gate = Gate(Probe(0, torch.ones(1), 0.), threshold=1., window=2)
+    odds = [[9., 0., 0., 3., 0., 0.], [0., 9., 9., 0., 0., 0.], [9., 0., 0., 0., 0., 9.]]
+    roles = [[TEMPLATE, TEXT, TEXT, ANSWER, ANSWER, ANSWER], [IMAGE, IMAGE, IMAGE, LAST, ANSWER, ANSWER], [TEXT, IMAGE, TEXT, TEXT, LAST, ANSWER]]
+    opened = listen(gate, odds, roles, cuts)
+    assert opened[0] == [False, False, False, True, True, True]  # the mean of 0 and 3 passes 1
+    assert not any(opened[1]) and not any(opened[2])  # patches are not read, nor a word alone
+
+
+def test_gate_reads_plain_words(mllm, kit):
+    open_ = Gate(kit.harm, -1e6, roles=(TEXT,))
+    method = DACO(kit.sae, torch.zeros(len(kit.sae.W_dec)), kit.D, 1.5, open_, kit.D.behaviours["declining"])
+    before = mllm.chat(None, "Tell me about pancakes.", max_new_tokens=8)
+    with steer(mllm, method):
+        assert mllm.chat(None, "Tell me about pancakes.", max_new_tokens=8) != before
 
 
 def test_misfits_are_named(mllm, kit):
     with pytest.raises(ValueError, match="width 99.*width 576"), steer(mllm, ActAdd(torch.zeros(99), 3)):
         pass
     b = Behaviour(2, *torch.zeros(2, 576))
-    with pytest.raises(ValueError, match="gate reads layer 14, above layer 2"):
-        DACO(kit.sae, torch.zeros(len(kit.sae.W_dec)), kit.D, 1., Gate(kit.D, torch.arange(len(kit.D)) < 3, 0.), b).edits(mllm)
+    with pytest.raises(ValueError, match=f"gate reads layer {kit.harm.layer}, above layer 2"):
+        DACO(kit.sae, torch.zeros(len(kit.sae.W_dec)), kit.D, 1., Gate(kit.harm, 0.), b).edits(mllm)
     with pytest.raises(ValueError, match="Layer 77 does not exist"), steer(mllm, ActAdd(torch.zeros(576), 77)):
         pass

@@ -8,7 +8,7 @@ from datasets import Dataset
 from PIL import Image
 
 from daco_nb import stimuli as S
-from daco_nb.demo import by_name, drawings
+from daco_nb.demo import by_name, drawings, phrases
 
 
 class Encoder:
@@ -89,10 +89,11 @@ def test_distance_refuses(s):
 
 def test_corpus_is_a_seed_and_an_index():
     a, b = S.DemoCorpus(2000), S.DemoCorpus(900)
-    assert len(a) == 2000 and a.subjects(800) == b.subjects(800)
-    assert a.subjects(3) != S.DemoCorpus(2000, seed=1).subjects(3) or a.subjects(4) != S.DemoCorpus(2000, seed=1).subjects(4)
-    n = len(drawings())
-    assert {a.subjects(i)[0] for i in range(n, 2*n)} == set(drawings())
+    assert len(a) == 2000 and a.shows(800) == b.shows(800)
+    assert [a.shows(i) for i in range(4)] != [S.DemoCorpus(2000, seed=1).shows(i) for i in range(4)]
+    every = {*drawings(), *phrases('train')}
+    c = S.DemoCorpus(2*len(every))
+    assert {text or subjects[0] for subjects, text in map(c.shows, range(len(every), 2*len(every)))} == every
 
 
 def test_corpus_bounds():
