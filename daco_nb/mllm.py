@@ -158,17 +158,17 @@ def _encode(self:MLLM, prompts, images):
 def _roles_of(self:MLLM, batch, prompts, images, system):
     "Role of every position of an encoded batch."
     ids, mask = batch['input_ids'], batch['attention_mask']
-    roles = torch.full_like(ids, TEMPLATE).masked_fill(mask == 0, PAD)
+    roles = torch.full_like(ids, TEMPLATE)
     for i, (prompt, im) in enumerate(zip(prompts, images)):
         one = [im] if im is not None else [None]
         full = self._encode([prompt], one)['input_ids'][0].tolist()
         bare = self._encode([self.render('', False, system, None)], [None])['input_ids'][0].tolist()
         start, end = shared_ends(full, bare)
-        first = int((mask[i] == 0).sum())
+        first = int(mask[i].argmax())
         stop = first + len(full)
         roles[i, first + start:stop - end] = TEXT
         roles[i, stop - 1], roles[i, stop:] = LAST, ANSWER
-    return roles.masked_fill((ids == self.image_token_id) & (roles != PAD), IMAGE)
+    return roles.masked_fill(ids == self.image_token_id, IMAGE).masked_fill(mask == 0, PAD)
 
 @patch(as_prop=True)
 def image_token_id(self:MLLM):
