@@ -231,11 +231,11 @@ def clock(train):
     return result
 '''
 
-# %% ../nbs/11_benchmarks.ipynb #34521d11
+# %% ../nbs/11_benchmarks.ipynb #87924d2b
 PROGRAMS = {'ours': '''
 from daco_nb.sae import SAE
 sae = SAE.random(d_in, d_sae, k=k, generator=g)
-clock(lambda: sae.fit(Z, g, bar=False, steps=steps, batch=batch, every=steps, heldout=.01)).save(out, overwrite=True)
+clock(lambda: sae.fit(Z, g, bar=False, steps=steps, batch=batch, every=steps, heldout=.01, lr=a['lr'])).save(out, overwrite=True)
 ''', 'SAELens': '''
 from sae_lens import TopKTrainingSAE, TopKTrainingSAEConfig
 from sae_lens.config import SAETrainerConfig
@@ -270,12 +270,12 @@ clock(Trainer(cfg, Dataset.from_dict({'input_ids': order}).with_format('torch'),
 for name in ('sae.safetensors', 'cfg.json'): os.rename(f'{out}/run/out/{name}', f'{out}/{name}')
 '''
 
-# %% ../nbs/11_benchmarks.ipynb #11f95226
+# %% ../nbs/11_benchmarks.ipynb #51c27e1e
 def train_alone(
     name: str,          # a key of `PROGRAMS`
     Z: torch.Tensor,    # standardised activations
     folder: Path,       # for files
-    d_sae: int, steps: int, k: int = 32, batch: int = 1024, lr: float = 1e-3, threads: int = 2
+    d_sae: int, steps: int, k: int = 32, batch: int = 1024, lr: float = 4e-3, threads: int = 2 # lr of Adam; sparsify chooses its own
 ) -> tuple[float, SAE]: # seconds per step, the autoencoder
     "Train in a process of its own; RuntimeError with the end of its messages if it fails."
     if not (data := folder/'z.safetensors').exists(): save_file({'z': Z.contiguous()}, data)
