@@ -404,7 +404,16 @@ def _split(
     if first is None or next(islice(iter(Z), 1, None), None) is None: raise ValueError('Z needs at least two batches: the first is held out')
     return first, lambda step: islice(chain.from_iterable(islice(iter(z), 1, None) for z in repeat(Z)), step, None)
 
-# %% ../nbs/06_sae.ipynb #70228a52
+# %% ../nbs/06_sae.ipynb #70203504
+def _first(
+    batches, n: int # endless batches
+) -> torch.Tensor:  # `[at least n, d]`
+    "Rows from the beginning."
+    taken = []
+    while sum(map(len, taken)) < n: taken.append(next(batches))
+    return torch.cat(taken)
+
+# %% ../nbs/06_sae.ipynb #5c213f13
 def _replace_file(
     tensors: dict, path: Path, header: dict # name -> tensor; where; anything that JSON can hold
 ):
@@ -417,7 +426,7 @@ def _replace_file(
         os.replace(temporary, path)
     finally: temporary.unlink(missing_ok=True)
 
-# %% ../nbs/06_sae.ipynb #515213ff
+# %% ../nbs/06_sae.ipynb #e322e6fc
 def _read_file(
     path: Path # a file made by `_replace_file`
 ) -> tuple[dict, dict]: # tensors, header
@@ -427,7 +436,7 @@ def _read_file(
     except (SafetensorError, KeyError, json.JSONDecodeError) as e:
         raise ValueError(f'{path.name} is no checkpoint, or it is damaged ({e}): delete it to start anew, or restore a copy') from None
 
-# %% ../nbs/06_sae.ipynb #20f63cdd
+# %% ../nbs/06_sae.ipynb #fd0d5e07
 def _save_state(
     sae: SAE, opt: torch.optim.Adam, idle: torch.Tensor, path: Path, header: dict # rows since each latent fired; JSON header
 ):
@@ -437,7 +446,7 @@ def _save_state(
         tensors |= {f'{name}.{key}': value for key, value in opt.state[p].items()}
     _replace_file(tensors, path, header)
 
-# %% ../nbs/06_sae.ipynb #a8bbb8f9
+# %% ../nbs/06_sae.ipynb #88338059
 def _load_state(
     sae: SAE, opt: torch.optim.Adam, path: Path, settings: dict # settings of this run
 ) -> tuple[torch.Tensor, dict]: # idle, header
@@ -451,7 +460,7 @@ def _load_state(
     sae.history = header['history']
     return tensors['idle'].to(sae.W_dec.device), header
 
-# %% ../nbs/06_sae.ipynb #3ac52d5e
+# %% ../nbs/06_sae.ipynb #51457fcf
 @torch.no_grad()
 def evaluate_sae(
     sae: SAE,
@@ -461,14 +470,14 @@ def evaluate_sae(
     acts = sae.encode(Z)
     return {'fve': fve(Z, sae.decode(acts)), 'l0': l0(acts), 'frac_alive': frac_alive(acts)}
 
-# %% ../nbs/06_sae.ipynb #e4b4cc9c
+# %% ../nbs/06_sae.ipynb #54d2977d
 def _rate(
     r: Recipe, step: int
 ) -> float: # factor on the learning rate
     "Rise, stay, fall to zero."
     return min(1., (step + 1)/max(1., r.warmup*r.steps), (r.steps - step)/max(1., r.decay*r.steps))
 
-# %% ../nbs/06_sae.ipynb #d48d12bf
+# %% ../nbs/06_sae.ipynb #5b499d18
 def _begin(
     sae: SAE, sample: torch.Tensor, centre: str # training rows `[n, d_in]`; as in `Recipe`
 ):
@@ -482,7 +491,7 @@ def _begin(
         pre = sae.pre_acts(sample[:1024]).detach().relu().flatten()
         sae.threshold.data.fill_(pre.topk(min(len(pre), sae.k*len(sample[:1024]))).values[-1])
 
-# %% ../nbs/06_sae.ipynb #ba45e27d
+# %% ../nbs/06_sae.ipynb #f17fc914
 def _step(
     sae: SAE, opt: torch.optim.Adam, z: torch.Tensor, idle: torch.Tensor, # batch `[b, d_in]`; rows since each latent fired, changed in place
     variance: float, r: Recipe, step: int # as in `_loss`
@@ -498,16 +507,16 @@ def _step(
     idle.add_(len(z)).masked_fill_(fired, 0)
     return loss.detach()
 
-# %% ../nbs/06_sae.ipynb #da24ca3d
+# %% ../nbs/06_sae.ipynb #e7424e6c
 def _train(
     sae: SAE, opt: torch.optim.Adam, idle: torch.Tensor, header: dict, r: Recipe, path: Path | None, # state; as in *fit*
-    test: torch.Tensor, batches, bar: bool # held-out rows, step -> batches, progress bar
+    test: torch.Tensor, batches, bar: bool, watch # held-out rows, step -> batches, progress bar, further measurements
 ):
     "All steps that are left, with measurements and checkpoints."
     device, start, loss = sae.W_dec.device, header['step'], None
     test = test.to(device).float()
     if start == 0:
-        sample = torch.cat(list(islice(batches(0), max(1, 4096//r.batch)))).to(device).float()
+        sample = _first(batches(0), 4096).to(device).float()
         _begin(sae, sample, r.centre)
         header['variance'] = (sample - sample.mean(0)).square().sum(1).mean().clamp_min(1e-12).item()
     with tqdm(total=r.steps, initial=start, disable=not bar, desc='SAE') as progress:
@@ -517,24 +526,25 @@ def _train(
             if step % r.every == 0 or step == r.steps:
                 m = evaluate_sae(sae, test) | {'dead': (idle >= r.dead_after).float().mean().item(), 'loss': None if loss is None else float(loss)}
                 if loss is not None and not math.isfinite(m['loss']): raise ValueError(f'The loss is {m["loss"]} at step {step}: lower lr = {r.lr}, or check the data')
-                sae.history.append({'step': step} | m)
+                sae.history.append({'step': step} | m | (watch(sae) if watch else {}))
                 progress.set_postfix(fve=f'{m["fve"]:.3f}', l0=f'{m["l0"]:.1f}', dead=f'{m["dead"]:.1%}')
             progress.update(z is not None)
             if path and z is not None and (step % r.save_every == 0 or step == r.steps):
                 _save_state(sae, opt, idle, path, header | {'step': step, 'history': sae.history})
 
-# %% ../nbs/06_sae.ipynb #4babaa11
+# %% ../nbs/06_sae.ipynb #e97aa8ea
 @patch
 def fit(self: SAE,
     Z,                                        # standardised activations `[n, d_in]`, or an iterable of batches of them
     generator: torch.Generator | None = None, # source of randomness: split and order
     checkpoint: Path | str | None = None,     # file to write, and to continue from if it exists
     bar: bool = True,                         # show progress
+    watch=None,                               # function of the SAE: a dict that joins each measurement
     **recipe                                  # fields of `Recipe`: steps, batch, lr, …
 ) -> SAE:                                     # itself; measurements are in `history`
     """Train on standardised activations; resumes from `checkpoint` to the same bits.
 
-    `history` is a list of dicts (step, rows, fve, l0, frac_alive, dead, loss), measured on held-out rows.
+    `history` is a list of dicts (step, fve, l0, frac_alive, dead, loss), measured on held-out rows.
     ValueError for NaN, a wrong width, a folded SAE, or a checkpoint of another run."""
     if unknown := recipe.keys() - (known := [f.name for f in fields(Recipe)]):
         raise ValueError(f'Unknown setting {", ".join(sorted(unknown))}: choose from {", ".join(known)}')
@@ -546,10 +556,10 @@ def fit(self: SAE,
     else:
         seed = int(torch.randint(2**40, (), generator=generator))
         idle, header, self.history = torch.zeros(self.d_sae, device=device), {'settings': settings, 'seed': seed, 'step': 0}, []
-    _train(self, opt, idle, header, r, path, *_split(Z, r.heldout, r.batch, header['seed']), bar)
+    _train(self, opt, idle, header, r, path, *_split(Z, r.heldout, r.batch, header['seed']), bar, watch)
     return self
 
-# %% ../nbs/06_sae.ipynb #bd4a1727
+# %% ../nbs/06_sae.ipynb #c6cc71fe
 @torch.no_grad()
 def alignment(
     sae: SAE,             # in the standardised space or folded
@@ -565,7 +575,7 @@ def alignment(
     own = sae.concept_index[started]
     return cosine.gather(1, own[:, None])[:, 0], cosine.argmax(1) == own
 
-# %% ../nbs/06_sae.ipynb #32368953
+# %% ../nbs/06_sae.ipynb #494d8212
 def _scaled(
     sae: SAE, mean: torch.Tensor, std: torch.Tensor, folded: bool # new weights act on z*std + mean
 ) -> SAE:
@@ -576,7 +586,7 @@ def _scaled(
     new.b_dec.data, new.folded = (b_dec*std + mean).float(), folded
     return new
 
-# %% ../nbs/06_sae.ipynb #56c8fd13
+# %% ../nbs/06_sae.ipynb #736b158a
 @patch
 def fold(self: SAE) -> SAE:
     "A copy that acts on raw activations: same codes, reconstructions in raw units. A folded SAE is returned as it is."
@@ -588,7 +598,7 @@ def unfold(self: SAE) -> SAE:
     std = self.std.double()
     return _scaled(self, -self.mean.double()/std, 1/std, False) if self.folded else self
 
-# %% ../nbs/06_sae.ipynb #1be1f527
+# %% ../nbs/06_sae.ipynb #a825500d
 FORMAT = {'l1': 'standard', 'topk': 'topk', 'jumprelu': 'jumprelu', 'batchtopk': 'jumprelu'} # architecture -> its name in SAELens
 
 def _config(
@@ -603,7 +613,7 @@ def _config(
                          'training_architecture': FORMAT[sae.architecture] if sae.architecture == 'l1' else sae.architecture,
                          'training_architecture_details': {'k': sae.k}} | metadata}
 
-# %% ../nbs/06_sae.ipynb #1548956c
+# %% ../nbs/06_sae.ipynb #0e5d5c09
 @patch
 def save(self: SAE,
     folder: Path | str,      # where; made if needed
@@ -623,7 +633,7 @@ def save(self: SAE,
     shutil.rmtree(old, ignore_errors=True)
     return folder
 
-# %% ../nbs/06_sae.ipynb #16282509
+# %% ../nbs/06_sae.ipynb #62b5a080
 def _rename(
     w: dict # weights of any of the three
 ) -> dict:  # under our names, float32
@@ -637,7 +647,7 @@ def _rename(
     if 'threshold' in w and w['threshold'].ndim == 0: w['threshold'] = w['threshold'].expand(len(w['b_enc'])).clone()
     return w
 
-# %% ../nbs/06_sae.ipynb #689273b5
+# %% ../nbs/06_sae.ipynb #6f30f719
 def _absorb(
     w: dict, cfg: dict # weights and configuration, as SAELens writes them
 ) -> dict:
@@ -651,7 +661,7 @@ def _absorb(
         w |= {'W_enc': w['W_enc']*norm, 'b_enc': w['b_enc']*norm, 'W_dec': w['W_dec']/norm[:, None]}
     return w
 
-# %% ../nbs/06_sae.ipynb #c97b3d35
+# %% ../nbs/06_sae.ipynb #687ff75e
 def _architecture(
     w: dict, cfg: dict # renamed weights, configuration
 ) -> tuple[str, int]:  # a key of `ACTIVATIONS`, k
@@ -664,7 +674,7 @@ def _architecture(
     if name not in ours: raise ValueError(f'Architecture {name!r}: this version reads {", ".join(ours)}')
     return ours[name], min(round(float(k)), w['W_dec'].shape[0])
 
-# %% ../nbs/06_sae.ipynb #3b16d211
+# %% ../nbs/06_sae.ipynb #2834c287
 @patch(cls_method=True)
 def from_weights(cls: SAE,
     weights: dict, # name -> tensor: the state dict of SAELens, sparsify or dictionary_learning
@@ -682,7 +692,7 @@ def from_weights(cls: SAE,
     sae.folded, sae.metadata = True, cfg.get('metadata', {})
     return sae
 
-# %% ../nbs/06_sae.ipynb #7f79e9be
+# %% ../nbs/06_sae.ipynb #58742883
 def _read_folder(
     folder: Path # holds cfg.json and sae_weights.safetensors (SAELens) or sae.safetensors (sparsify)
 ) -> tuple[dict, dict, dict]: # configuration, weights, standardisation (empty if there is none)
@@ -694,7 +704,7 @@ def _read_folder(
     try: return json.loads((folder/'cfg.json').read_text()), load_file(folder/weights), load_file(side) if side.exists() else {}
     except (SafetensorError, json.JSONDecodeError) as e: raise ValueError(f'The files in {folder.name} are damaged ({e}): save or download them again') from None
 
-# %% ../nbs/06_sae.ipynb #2cdcc86a
+# %% ../nbs/06_sae.ipynb #1ed498eb
 @patch(cls_method=True)
 def load(cls: SAE,
     folder: Path | str # made by `save`, by SAELens, or by sparsify
@@ -705,7 +715,7 @@ def load(cls: SAE,
     for key, value in side.items(): setattr(sae, key, value)
     return sae
 
-# %% ../nbs/06_sae.ipynb #655a1152
+# %% ../nbs/06_sae.ipynb #76d90ede
 @patch
 def _cfg(self: SAE): "What cfg.json says, and the metadata, as attributes."; c = _config(self, self.metadata); return SimpleNamespace(**c | c['metadata'])
 
