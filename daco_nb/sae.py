@@ -6,17 +6,18 @@
 __all__ = ['ACTIVATIONS', 'FORMAT', 'superposition', 'fve', 'l0', 'frac_alive', 'SAE', 'patch', 'Recipe', 'geometric_median',
            'evaluate_sae', 'alignment']
 
-# %% ../nbs/06_sae.ipynb #ba9208be
+# %% ../nbs/06_sae.ipynb #e8884224
 import copy, json, math, os, shutil
 from dataclasses import asdict, dataclass, fields
 from itertools import chain, islice, repeat
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
-from torch.nn.functional import normalize
+from torch.nn.functional import embedding_bag, normalize
 from tqdm.auto import tqdm
 
 from .demo import atomic_folder
@@ -68,33 +69,46 @@ def _topk(
     top = pre.relu().topk(k, dim=-1)
     return torch.zeros_like(pre).scatter(-1, top.indices, top.values)
 
-# %% ../nbs/06_sae.ipynb #667c192f
-ACTIVATIONS = {'l1': lambda pre, k: pre.relu(), 'topk': _topk} # architecture -> its sigma
+# %% ../nbs/06_sae.ipynb #7f94a1b5
+def _above(
+    pre: torch.Tensor,      # pre-activations `[..., d_sae]`
+    threshold: torch.Tensor # `[d_sae]`
+) -> torch.Tensor:          # same shape
+    "Keep the entries that are above their latent's threshold, and above 0; the rest is zero."
+    return pre.relu()*(pre > threshold)
 
-# %% ../nbs/06_sae.ipynb #821a9bd0
+# %% ../nbs/06_sae.ipynb #5dc5ebff
+ACTIVATIONS = {'l1': lambda pre, sae: pre.relu(), 'topk': lambda pre, sae: _topk(pre, sae.k), # architecture -> its sigma
+               'batchtopk': lambda pre, sae: _above(pre, sae.threshold), 'jumprelu': lambda pre, sae: _above(pre, sae.threshold)}
+
+# %% ../nbs/06_sae.ipynb #99eac871
 class SAE(nn.Module):
     """Sparse autoencoder on activations `[..., d_in]`: `encode`, `decode`, `forward`.
 
     Weights `W_enc [d_in, d_sae]`, `W_dec [d_sae, d_in]`, `b_enc`, `b_dec`, float32. It acts on activations
-    standardised with `mean` and `std`; after `fold()` on raw ones. `concept_index[i]` is the concept that atom i started from, or −1."""
+    standardised with `mean` and `std`; after `fold()` on raw ones. `concept_index[i]` is the concept that atom i started from, or −1.
+    With batchtopk and jumprelu, latent i fires where its pre-activation is above `threshold[i]`, which is not negative."""
     def __init__(self,
         d_in: int,                  # width of the activations
         d_sae: int,                 # number of latents
-        k: int = 32,                # active latents per activation (topk; a mere default for others)
+        k: int = 32,                # active latents per activation (topk), or their mean (batchtopk, jumprelu)
         architecture: str = 'topk'  # a key of `ACTIVATIONS`
     ):
         super().__init__()
         if architecture not in ACTIVATIONS: raise ValueError(f'Unknown architecture {architecture!r}: choose one of {", ".join(ACTIVATIONS)}')
         if not 1 <= k <= d_sae: raise ValueError(f'k = {k} active latents of {d_sae}: choose k from 1 to d_sae')
-        self.d_in, self.d_sae, self.k, self.architecture, self.folded, self.history = d_in, d_sae, k, architecture, False, []
+        self.d_in, self.d_sae, self.k, self.architecture, self.folded = d_in, d_sae, k, architecture, False
+        self.history, self.metadata = [], {}
         self.W_enc, self.W_dec = nn.Parameter(torch.zeros(d_in, d_sae)), nn.Parameter(torch.zeros(d_sae, d_in))
         self.b_enc, self.b_dec = nn.Parameter(torch.zeros(d_sae)), nn.Parameter(torch.zeros(d_in))
+        if architecture == 'jumprelu': self.threshold = nn.Parameter(torch.zeros(d_sae))
+        if architecture == 'batchtopk': self.register_buffer('threshold', torch.zeros(d_sae))
         for name, value in (('mean', torch.zeros(d_in)), ('std', torch.ones(d_in)), ('concept_index', torch.full((d_sae,), -1))):
             self.register_buffer(name, value, persistent=False)
 
     fve, l0, frac_alive = staticmethod(fve), staticmethod(l0), staticmethod(frac_alive)
 
-# %% ../nbs/06_sae.ipynb #8657d78b
+# %% ../nbs/06_sae.ipynb #03f68e88
 def patch(
     f=None, *,               # a function whose first parameter is annotated with a class
     cls_method: bool = False # add it as a class method
@@ -104,7 +118,7 @@ def patch(
     setattr(next(iter(f.__annotations__.values())), f.__name__, classmethod(f) if cls_method else f)
     return f
 
-# %% ../nbs/06_sae.ipynb #4c481ce7
+# %% ../nbs/06_sae.ipynb #65dd15f9
 @patch
 def pre_acts(self: SAE,
     z: torch.Tensor # activations `[..., d_in]`
@@ -113,13 +127,13 @@ def pre_acts(self: SAE,
     if z.shape[-1] != self.d_in: raise ValueError(f'The activations have width {z.shape[-1]}, the SAE was made for {self.d_in}: check model and layer')
     return (z - self.b_dec)@self.W_enc + self.b_enc
 
-# %% ../nbs/06_sae.ipynb #162f66f2
+# %% ../nbs/06_sae.ipynb #b4e259f0
 @patch
 def encode(self: SAE,
     z: torch.Tensor # activations `[..., d_in]`, any floating dtype
 ) -> torch.Tensor:  # feature_acts `[..., d_sae]`, float32, not negative
     "The code of each activation."
-    return ACTIVATIONS[self.architecture](self.pre_acts(z), self.k)
+    return ACTIVATIONS[self.architecture](self.pre_acts(z), self)
 
 @patch
 def decode(self: SAE,
@@ -131,14 +145,14 @@ def decode(self: SAE,
 @patch
 def forward(self: SAE, z: torch.Tensor) -> torch.Tensor: "`decode(encode(z))`."; return self.decode(self.encode(z))
 
-# %% ../nbs/06_sae.ipynb #642e5542
+# %% ../nbs/06_sae.ipynb #6e6dbb1a
 @patch
 def standardise(self: SAE, z: torch.Tensor) -> torch.Tensor: "Raw activations to standardised ones."; return (z - self.mean)/self.std
 
 @patch
 def unstandardise(self: SAE, z: torch.Tensor) -> torch.Tensor: "Standardised activations to raw ones."; return z*self.std + self.mean
 
-# %% ../nbs/06_sae.ipynb #66cef206
+# %% ../nbs/06_sae.ipynb #0e7e5508
 def _extra_atoms(
     U: torch.Tensor, n: int, extra: str, data: torch.Tensor | None, k: int, generator: torch.Generator | None # as in `from_dictionary`
 ) -> torch.Tensor: # `[n, d]`, unit rows
@@ -153,7 +167,7 @@ def _extra_atoms(
     left = sample - omp(sample, U, min(k, *U.shape))@U
     return torch.where(left.norm(dim=1, keepdim=True) > 1e-4*sample.norm(dim=1, keepdim=True), normalize(left, dim=1), random)
 
-# %% ../nbs/06_sae.ipynb #cee9f622
+# %% ../nbs/06_sae.ipynb #9162c3c9
 def _start(
     sae: SAE,                           # a fresh one
     atoms: torch.Tensor,                # unit rows `[d_sae, d_in]`
@@ -166,13 +180,13 @@ def _start(
         sae.mean, sae.std = mean.detach().float().clone(), std.detach().float().clone()
     return sae
 
-# %% ../nbs/06_sae.ipynb #19e73997
+# %% ../nbs/06_sae.ipynb #dea23e8c
 @patch(cls_method=True)
 def from_dictionary(cls: SAE,
     D,                           # has `vectors [n, d]`, `mean`, `std` (a `ConceptDictionary`), or is a tensor `[n, d]`
     d_sae: int | None = None,    # number of atoms; None for one per concept
     k: int = 32,                 # active latents per activation
-    architecture: str = 'topk',  # `topk` or `l1`
+    architecture: str = 'topk',  # a key of `ACTIVATIONS`
     extra: str = 'residual',     # where atoms beyond the concepts come from: `residual` or `random`
     data: torch.Tensor | None = None, # standardised activations `[m, d]` for `residual`, m at least the number of extra atoms
     generator: torch.Generator | None = None # source of randomness
@@ -190,12 +204,12 @@ def from_dictionary(cls: SAE,
     sae.concept_index[:len(U)] = torch.arange(len(U[:m]))
     return sae
 
-# %% ../nbs/06_sae.ipynb #6ca71435
+# %% ../nbs/06_sae.ipynb #112140c0
 @patch(cls_method=True)
 def random(cls: SAE,
     d_in: int, d_sae: int,                   # width of the activations, number of latents
     k: int = 32,                             # active latents per activation
-    architecture: str = 'topk',              # `topk` or `l1`
+    architecture: str = 'topk',              # a key of `ACTIVATIONS`
     mean: torch.Tensor | None = None,        # of the standardisation, if there is one
     std: torch.Tensor | None = None,         # of the standardisation
     generator: torch.Generator | None = None # source of randomness
@@ -203,7 +217,70 @@ def random(cls: SAE,
     "The ablation: random unit atoms, encoder tied at the start."
     return _start(cls(d_in, d_sae, k, architecture), normalize(torch.randn(d_sae, d_in, generator=generator), dim=1), mean, std)
 
-# %% ../nbs/06_sae.ipynb #6f4599fb
+# %% ../nbs/06_sae.ipynb #ee0aa5e8
+def _chosen(
+    pre: torch.Tensor, # pre-activations `[b, d_sae]`
+    k: int,            # latents per row
+    batch: bool        # only on average over the batch
+) -> tuple[torch.Tensor, torch.Tensor]: # row and latent numbers `[b*k]`, rows in order
+    "The largest `k` of each row, or the largest `k*b` of all (Bussmann et al. 2024)."
+    if batch:
+        best = pre.flatten().topk(k*len(pre), sorted=False).indices.sort().values
+        return best//pre.shape[1], best%pre.shape[1]
+    best = pre.topk(k, dim=1, sorted=False).indices
+    return torch.arange(len(pre), device=pre.device).repeat_interleave(k), best.flatten()
+
+def _sums(
+    table: torch.Tensor,                   # rows `[n, d]`
+    rows: torch.Tensor, to: torch.Tensor,  # which rows, and into which of the `m` sums, ascending: `[l]`
+    m: int, weight: torch.Tensor           # number of sums; weights `[l]`
+) -> torch.Tensor:                         # `[m, d]`
+    "Weighted sums of rows."
+    starts = torch.searchsorted(to, torch.arange(m, device=to.device))
+    return embedding_bag(rows, table, starts, per_sample_weights=weight, mode='sum')
+
+# %% ../nbs/06_sae.ipynb #64db3dd9
+class _Sparse(torch.autograd.Function):
+    "Encode and decode, touching only the atoms that fire; gives the reconstruction, and latent numbers with their codes."
+    @staticmethod
+    def forward(ctx, z, W_enc, b_enc, W_dec, b_dec, k, batch):
+        x = z - b_dec
+        pre = torch.addmm(b_enc, x, W_enc)
+        row, latent = _chosen(pre, k, batch)
+        with torch.enable_grad():
+            code = pre[row, latent].relu_().requires_grad_()
+            ctx.out = _sums(W_dec.detach(), latent, row, len(z), code)
+        ctx.code, ctx.parts = code, (x, W_enc, row, latent)
+        levels = code.detach()
+        ctx.mark_non_differentiable(latent, levels)
+        return ctx.out.detach() + b_dec, latent, levels
+
+    @staticmethod
+    def backward(ctx, g, *_):
+        x, W_enc, row, latent = ctx.parts
+        code, m = ctx.code.detach(), W_enc.shape[1]
+        d = torch.autograd.grad(ctx.out, ctx.code, g)[0]*(code > 0)
+        order = latent.argsort(stable=True)
+        sums = lambda table, weight: _sums(table, row[order], latent[order], m, weight[order])
+        d_b = x.new_zeros(m).index_add_(0, latent, d)
+        return None, sums(x, d).T, d_b, sums(g, code), g.sum(0) - W_enc@d_b, None, None
+
+# %% ../nbs/06_sae.ipynb #847bf7e8
+class _Jump(torch.autograd.Function):
+    "JumpReLU, and which latents fire (0 or 1); the threshold gets a gradient from entries within half a `width` of it."
+    @staticmethod
+    def forward(ctx, pre, threshold, width):
+        on, ctx.width = (pre > threshold).to(pre.dtype), width
+        ctx.save_for_backward(pre, threshold, on)
+        return pre*on, on
+
+    @staticmethod
+    def backward(ctx, g_code, g_on):
+        pre, threshold, on = ctx.saved_tensors
+        near = ((pre - threshold).abs() < ctx.width/2)/ctx.width
+        return g_code*on, -(near*(threshold*g_code + g_on)).sum(0), None
+
+# %% ../nbs/06_sae.ipynb #942a6ef4
 def _aux_k(
     sae: SAE,
     z: torch.Tensor,      # activations `[b, d_in]`
@@ -217,7 +294,7 @@ def _aux_k(
     guess = _topk(pre, min(k_aux, n))@sae.W_dec[dead]
     return min(1, n/k_aux)*(rest - guess).square().sum()/rest.square().sum().clamp_min(1e-12)
 
-# %% ../nbs/06_sae.ipynb #4724d3f3
+# %% ../nbs/06_sae.ipynb #956f0a1b
 @dataclass
 class Recipe:
     "How to train an SAE: the keywords of *SAE.fit*."
@@ -227,6 +304,8 @@ class Recipe:
     warmup: float = .05     # share of the steps in which the rate rises (and the L1 penalty with it)
     decay: float = .2       # share of the steps, at the end, in which the rate falls to zero
     l1: float = .1          # lambda of the L1 penalty
+    l0: float = 1.          # mu of the L0 penalty (jumprelu)
+    width: float = .5       # of the ramp under a threshold (jumprelu), as a share of the mean threshold
     aux: float = 1/32       # alpha of AuxK; 0 switches it off
     k_aux: int | None = None # latents in AuxK; None for half of d_in
     dead_after: int = 5000  # a latent that was silent for so many rows counts as dead
@@ -235,7 +314,29 @@ class Recipe:
     every: int = 50         # steps between measurements
     save_every: int = 200   # steps between checkpoints
 
-# %% ../nbs/06_sae.ipynb #34710204
+# %% ../nbs/06_sae.ipynb #24df06fe
+def _dense(
+    sae: SAE, z: torch.Tensor, variance: float, r: Recipe, step: int # as in `_loss`
+): # reconstruction, which latents fired (bool `[d_sae]`), penalty
+    "Reconstruction and penalty of l1 and jumprelu."
+    if sae.architecture == 'l1':
+        acts = sae.encode(z)
+        penalty = r.l1*min(1, (step + 1)/max(1, r.warmup*r.steps))*acts.sum(1).mean()/math.sqrt(variance)
+    else:
+        acts, on = _Jump.apply(sae.pre_acts(z), sae.threshold, r.width*sae.threshold.mean().clamp_min(1e-3).item())
+        penalty = r.l0*(on.sum(1).mean()/sae.k - 1)**2
+    return sae.decode(acts), (acts > 0).any(0), penalty
+
+def _sparse(
+    sae: SAE, z: torch.Tensor # as in `_loss`
+): # reconstruction, which latents fired (bool `[d_sae]`), no penalty
+    "Reconstruction of topk and batchtopk; the latter's threshold follows the least code of each batch."
+    z_hat, latent, code = _Sparse.apply(z, sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec, sae.k, sae.architecture == 'batchtopk')
+    live = code > 0
+    if sae.architecture == 'batchtopk' and live.any(): sae.threshold.lerp_(code[live].min().expand(sae.d_sae), .02)
+    return z_hat, torch.zeros_like(sae.b_enc, dtype=torch.bool).index_fill_(0, latent[live], True), 0.
+
+# %% ../nbs/06_sae.ipynb #5b5f7b65
 def _loss(
     sae: SAE,
     z: torch.Tensor,     # activations `[b, d_in]`
@@ -243,29 +344,27 @@ def _loss(
     dead: torch.Tensor,  # bool `[d_sae]`
     r: Recipe, step: int # the recipe, and where we are in it
 ) -> tuple[torch.Tensor, torch.Tensor]: # loss, and which latents fired (bool `[d_sae]`)
-    "Unexplained share of the variance plus the architecture's own term."
-    acts = sae.encode(z)
-    z_hat = sae.decode(acts)
-    loss = (z - z_hat).square().sum(1).mean()/variance
-    if sae.architecture == 'l1':
-        loss = loss + r.l1*min(1, (step + 1)/max(1, r.warmup*r.steps))*acts.sum(1).mean()/math.sqrt(variance)
-    elif r.aux and dead.any():
+    "Unexplained share of the variance plus the architecture's own terms."
+    z_hat, fired, penalty = _sparse(sae, z) if sae.architecture in ('topk', 'batchtopk') else _dense(sae, z, variance, r, step)
+    loss = (z - z_hat).square().sum(1).mean()/variance + penalty
+    if r.aux and sae.architecture != 'l1' and dead.any():
         loss = loss + r.aux*_aux_k(sae, z, z_hat, dead, r.k_aux or max(1, sae.d_in//2))
-    return loss, (acts > 0).any(0)
+    return loss, fired
 
-# %% ../nbs/06_sae.ipynb #20232677
+# %% ../nbs/06_sae.ipynb #73cc1477
 @torch.no_grad()
 def _project_gradient(sae: SAE):
     "Remove from the gradient of each atom what would change its length."
     W, g = sae.W_dec, sae.W_dec.grad
-    g -= (g*W).sum(1, keepdim=True)*W
+    g.addcmul_(W, torch.linalg.vecdot(g, W)[:, None], value=-1)
 
 @torch.no_grad()
 def _unit_atoms(sae: SAE):
-    "Scale each atom to length 1."
+    "Scale each atom to length 1, and keep thresholds from going below 0."
     sae.W_dec.div_(sae.W_dec.norm(dim=1, keepdim=True).clamp_min(1e-12))
+    if hasattr(sae, 'threshold'): sae.threshold.clamp_min_(0)
 
-# %% ../nbs/06_sae.ipynb #ff9c72bf
+# %% ../nbs/06_sae.ipynb #622cc6b2
 def geometric_median(
     X: torch.Tensor,    # `[n, d]`
     iterations: int = 30
@@ -277,7 +376,7 @@ def geometric_median(
         centre = (w*X).sum(0)/w.sum()
     return centre
 
-# %% ../nbs/06_sae.ipynb #6b85a46b
+# %% ../nbs/06_sae.ipynb #374290ee
 def _shuffled(
     Z: torch.Tensor, rows: torch.Tensor, batch: int, seed: int, step: int # `[n, d]`, rows for training, size, seed, first step
 ):
@@ -290,7 +389,7 @@ def _shuffled(
             yield Z[order[i*batch:(i + 1)*batch]]
             step += 1
 
-# %% ../nbs/06_sae.ipynb #1d05daf5
+# %% ../nbs/06_sae.ipynb #7cf02591
 def _split(
     Z, heldout: float, batch: int, seed: int # a tensor or an iterable of batches; as in `Recipe`
 ):  # held-out rows, and a function: first step -> endless batches
@@ -305,7 +404,16 @@ def _split(
     if first is None or next(islice(iter(Z), 1, None), None) is None: raise ValueError('Z needs at least two batches: the first is held out')
     return first, lambda step: islice(chain.from_iterable(islice(iter(z), 1, None) for z in repeat(Z)), step, None)
 
-# %% ../nbs/06_sae.ipynb #76eb3e30
+# %% ../nbs/06_sae.ipynb #70203504
+def _first(
+    batches, n: int # endless batches
+) -> torch.Tensor:  # `[at least n, d]`
+    "Rows from the beginning."
+    taken = []
+    while sum(map(len, taken)) < n: taken.append(next(batches))
+    return torch.cat(taken)
+
+# %% ../nbs/06_sae.ipynb #5c213f13
 def _replace_file(
     tensors: dict, path: Path, header: dict # name -> tensor; where; anything that JSON can hold
 ):
@@ -318,7 +426,7 @@ def _replace_file(
         os.replace(temporary, path)
     finally: temporary.unlink(missing_ok=True)
 
-# %% ../nbs/06_sae.ipynb #1a0c96b6
+# %% ../nbs/06_sae.ipynb #e322e6fc
 def _read_file(
     path: Path # a file made by `_replace_file`
 ) -> tuple[dict, dict]: # tensors, header
@@ -328,7 +436,7 @@ def _read_file(
     except (SafetensorError, KeyError, json.JSONDecodeError) as e:
         raise ValueError(f'{path.name} is no checkpoint, or it is damaged ({e}): delete it to start anew, or restore a copy') from None
 
-# %% ../nbs/06_sae.ipynb #b4a22210
+# %% ../nbs/06_sae.ipynb #fd0d5e07
 def _save_state(
     sae: SAE, opt: torch.optim.Adam, idle: torch.Tensor, path: Path, header: dict # rows since each latent fired; JSON header
 ):
@@ -338,7 +446,7 @@ def _save_state(
         tensors |= {f'{name}.{key}': value for key, value in opt.state[p].items()}
     _replace_file(tensors, path, header)
 
-# %% ../nbs/06_sae.ipynb #e5a62157
+# %% ../nbs/06_sae.ipynb #88338059
 def _load_state(
     sae: SAE, opt: torch.optim.Adam, path: Path, settings: dict # settings of this run
 ) -> tuple[torch.Tensor, dict]: # idle, header
@@ -348,11 +456,11 @@ def _load_state(
         raise ValueError(f'{path.name} belongs to another run ({"; ".join(other)}): choose another file, or the same settings')
     sae.load_state_dict({k: tensors[k] for k in sae.state_dict()})
     for name, p in sae.named_parameters():
-        opt.state[p] = {key: tensors[f'{name}.{key}'].to('cpu' if key == 'step' else p.device) for key in ('step', 'exp_avg', 'exp_avg_sq')}
+        opt.state[p] = {'step': tensors[f'{name}.step'].to(p.device)} | {k: torch.empty_like(p).copy_(tensors[f'{name}.{k}']) for k in ('exp_avg', 'exp_avg_sq')}
     sae.history = header['history']
     return tensors['idle'].to(sae.W_dec.device), header
 
-# %% ../nbs/06_sae.ipynb #78591c78
+# %% ../nbs/06_sae.ipynb #51457fcf
 @torch.no_grad()
 def evaluate_sae(
     sae: SAE,
@@ -362,25 +470,28 @@ def evaluate_sae(
     acts = sae.encode(Z)
     return {'fve': fve(Z, sae.decode(acts)), 'l0': l0(acts), 'frac_alive': frac_alive(acts)}
 
-# %% ../nbs/06_sae.ipynb #f6db83c5
+# %% ../nbs/06_sae.ipynb #54d2977d
 def _rate(
     r: Recipe, step: int
 ) -> float: # factor on the learning rate
     "Rise, stay, fall to zero."
     return min(1., (step + 1)/max(1., r.warmup*r.steps), (r.steps - step)/max(1., r.decay*r.steps))
 
-# %% ../nbs/06_sae.ipynb #b9f88112
+# %% ../nbs/06_sae.ipynb #5b499d18
 def _begin(
     sae: SAE, sample: torch.Tensor, centre: str # training rows `[n, d_in]`; as in `Recipe`
 ):
-    "Put b_dec at the centre of the data; ValueError for data that cannot be trained on."
+    "Put b_dec at the centre of the data, and fresh thresholds where `k` latents fire on average; ValueError for data that cannot be trained on."
     if sae.folded: raise ValueError('This SAE is folded (it acts on raw activations): train sae.unfold(), on standardised ones')
     sae.pre_acts(sample[:1])
     if not sample.isfinite().all(): raise ValueError('The activations have NaN or infinity: drop these rows, or keep bfloat16 rather than float16')
     if centre not in ('median', 'mean', 'keep'): raise ValueError(f'centre = {centre!r}: choose median, mean or keep')
     if centre != 'keep': sae.b_dec.data = geometric_median(sample) if centre == 'median' else sample.mean(0)
+    if hasattr(sae, 'threshold') and not sae.threshold.any():
+        pre = sae.pre_acts(sample[:1024]).detach().relu().flatten()
+        sae.threshold.data.fill_(pre.topk(min(len(pre), sae.k*len(sample[:1024]))).values[-1])
 
-# %% ../nbs/06_sae.ipynb #7cc0d714
+# %% ../nbs/06_sae.ipynb #f17fc914
 def _step(
     sae: SAE, opt: torch.optim.Adam, z: torch.Tensor, idle: torch.Tensor, # batch `[b, d_in]`; rows since each latent fired, changed in place
     variance: float, r: Recipe, step: int # as in `_loss`
@@ -396,16 +507,16 @@ def _step(
     idle.add_(len(z)).masked_fill_(fired, 0)
     return loss.detach()
 
-# %% ../nbs/06_sae.ipynb #1fd89f48
+# %% ../nbs/06_sae.ipynb #e7424e6c
 def _train(
     sae: SAE, opt: torch.optim.Adam, idle: torch.Tensor, header: dict, r: Recipe, path: Path | None, # state; as in *fit*
-    test: torch.Tensor, batches, bar: bool # held-out rows, step -> batches, progress bar
+    test: torch.Tensor, batches, bar: bool, watch # held-out rows, step -> batches, progress bar, further measurements
 ):
     "All steps that are left, with measurements and checkpoints."
     device, start, loss = sae.W_dec.device, header['step'], None
     test = test.to(device).float()
     if start == 0:
-        sample = torch.cat(list(islice(batches(0), max(1, 4096//r.batch)))).to(device).float()
+        sample = _first(batches(0), 4096).to(device).float()
         _begin(sae, sample, r.centre)
         header['variance'] = (sample - sample.mean(0)).square().sum(1).mean().clamp_min(1e-12).item()
     with tqdm(total=r.steps, initial=start, disable=not bar, desc='SAE') as progress:
@@ -415,38 +526,40 @@ def _train(
             if step % r.every == 0 or step == r.steps:
                 m = evaluate_sae(sae, test) | {'dead': (idle >= r.dead_after).float().mean().item(), 'loss': None if loss is None else float(loss)}
                 if loss is not None and not math.isfinite(m['loss']): raise ValueError(f'The loss is {m["loss"]} at step {step}: lower lr = {r.lr}, or check the data')
-                sae.history.append({'step': step} | m)
+                sae.history.append({'step': step} | m | (watch(sae) if watch else {}))
                 progress.set_postfix(fve=f'{m["fve"]:.3f}', l0=f'{m["l0"]:.1f}', dead=f'{m["dead"]:.1%}')
             progress.update(z is not None)
             if path and z is not None and (step % r.save_every == 0 or step == r.steps):
                 _save_state(sae, opt, idle, path, header | {'step': step, 'history': sae.history})
 
-# %% ../nbs/06_sae.ipynb #4a34bfdd
+# %% ../nbs/06_sae.ipynb #e97aa8ea
 @patch
 def fit(self: SAE,
     Z,                                        # standardised activations `[n, d_in]`, or an iterable of batches of them
     generator: torch.Generator | None = None, # source of randomness: split and order
     checkpoint: Path | str | None = None,     # file to write, and to continue from if it exists
     bar: bool = True,                         # show progress
+    watch=None,                               # function of the SAE: a dict that joins each measurement
     **recipe                                  # fields of `Recipe`: steps, batch, lr, …
 ) -> SAE:                                     # itself; measurements are in `history`
     """Train on standardised activations; resumes from `checkpoint` to the same bits.
 
-    `history` is a list of dicts (step, rows, fve, l0, frac_alive, dead, loss), measured on held-out rows.
+    `history` is a list of dicts (step, fve, l0, frac_alive, dead, loss), measured on held-out rows.
     ValueError for NaN, a wrong width, a folded SAE, or a checkpoint of another run."""
     if unknown := recipe.keys() - (known := [f.name for f in fields(Recipe)]):
         raise ValueError(f'Unknown setting {", ".join(sorted(unknown))}: choose from {", ".join(known)}')
     r, device = Recipe(**recipe), self.W_dec.device
     settings = {k: v for k, v in asdict(r).items() if k != 'save_every'} | {k: getattr(self, k) for k in ('architecture', 'd_in', 'd_sae', 'k')}
-    opt, path = torch.optim.Adam(self.parameters(), lr=r.lr), checkpoint and Path(checkpoint)
+    self.W_enc.data = self.W_enc.data.T.contiguous().T # a latent's weights side by side, as its gradient comes
+    opt, path = torch.optim.Adam(self.parameters(), lr=r.lr, fused=device.type in ('cpu', 'cuda')), checkpoint and Path(checkpoint)
     if path and path.exists(): idle, header = _load_state(self, opt, path, settings)
     else:
         seed = int(torch.randint(2**40, (), generator=generator))
         idle, header, self.history = torch.zeros(self.d_sae, device=device), {'settings': settings, 'seed': seed, 'step': 0}, []
-    _train(self, opt, idle, header, r, path, *_split(Z, r.heldout, r.batch, header['seed']), bar)
+    _train(self, opt, idle, header, r, path, *_split(Z, r.heldout, r.batch, header['seed']), bar, watch)
     return self
 
-# %% ../nbs/06_sae.ipynb #1147ff60
+# %% ../nbs/06_sae.ipynb #c6cc71fe
 @torch.no_grad()
 def alignment(
     sae: SAE,             # in the standardised space or folded
@@ -462,7 +575,7 @@ def alignment(
     own = sae.concept_index[started]
     return cosine.gather(1, own[:, None])[:, 0], cosine.argmax(1) == own
 
-# %% ../nbs/06_sae.ipynb #2fd6edf6
+# %% ../nbs/06_sae.ipynb #494d8212
 def _scaled(
     sae: SAE, mean: torch.Tensor, std: torch.Tensor, folded: bool # new weights act on z*std + mean
 ) -> SAE:
@@ -473,7 +586,7 @@ def _scaled(
     new.b_dec.data, new.folded = (b_dec*std + mean).float(), folded
     return new
 
-# %% ../nbs/06_sae.ipynb #a33d37a6
+# %% ../nbs/06_sae.ipynb #736b158a
 @patch
 def fold(self: SAE) -> SAE:
     "A copy that acts on raw activations: same codes, reconstructions in raw units. A folded SAE is returned as it is."
@@ -485,8 +598,8 @@ def unfold(self: SAE) -> SAE:
     std = self.std.double()
     return _scaled(self, -self.mean.double()/std, 1/std, False) if self.folded else self
 
-# %% ../nbs/06_sae.ipynb #c35b97a4
-FORMAT = {'l1': 'standard', 'topk': 'topk'} # architecture -> its name in SAELens
+# %% ../nbs/06_sae.ipynb #a825500d
+FORMAT = {'l1': 'standard', 'topk': 'topk', 'jumprelu': 'jumprelu', 'batchtopk': 'jumprelu'} # architecture -> its name in SAELens
 
 def _config(
     sae: SAE,      # what to describe
@@ -496,9 +609,11 @@ def _config(
     own = {'k': sae.k, 'rescale_acts_by_decoder_norm': False} if sae.architecture == 'topk' else {}
     return {'architecture': FORMAT[sae.architecture], 'd_in': sae.d_in, 'd_sae': sae.d_sae, **own, 'dtype': 'float32', 'device': 'cpu',
             'apply_b_dec_to_input': True, 'normalize_activations': 'none', 'reshape_activations': 'none',
-            'metadata': {'sae_lens_version': '6.0.0', 'sae_lens_training_version': None, 'model_name': None, 'hook_name': None} | metadata}
+            'metadata': {'sae_lens_version': '6.0.0', 'sae_lens_training_version': None, 'model_name': None, 'hook_name': None,
+                         'training_architecture': FORMAT[sae.architecture] if sae.architecture == 'l1' else sae.architecture,
+                         'training_architecture_details': {'k': sae.k}} | metadata}
 
-# %% ../nbs/06_sae.ipynb #c7b6036d
+# %% ../nbs/06_sae.ipynb #0e5d5c09
 @patch
 def save(self: SAE,
     folder: Path | str,      # where; made if needed
@@ -512,52 +627,98 @@ def save(self: SAE,
     with atomic_folder(new) as work:
         save_file({k: v.detach().cpu().contiguous() for k, v in sae.state_dict().items()}, work/'sae_weights.safetensors')
         save_file({k: getattr(sae, k).cpu() for k in ('mean', 'std', 'concept_index')}, work/'standardisation.safetensors')
-        (work/'cfg.json').write_text(json.dumps(_config(sae, metadata), indent=1))
+        (work/'cfg.json').write_text(json.dumps(_config(sae, self.metadata | metadata), indent=1))
     if folder.exists(): os.replace(folder, old)
     os.replace(new, folder)
     shutil.rmtree(old, ignore_errors=True)
     return folder
 
-# %% ../nbs/06_sae.ipynb #5a8a8229
+# %% ../nbs/06_sae.ipynb #62b5a080
+def _rename(
+    w: dict # weights of any of the three
+) -> dict:  # under our names, float32
+    "One name and one shape per matrix; ValueError for parts that have no place in our formula."
+    if 'W_skip' in w: raise ValueError('W_skip: a skip connection is not supported, choose an SAE without one')
+    if 'encoder.weight' in w:
+        w = {'W_enc': w['encoder.weight'].T, 'b_enc': w.get('encoder.bias', w['encoder.weight'].new_zeros(len(w['encoder.weight']))),
+             'W_dec': w['decoder.weight'].T if 'decoder.weight' in w else w['W_dec'], 'b_dec': w['bias'] if 'bias' in w else w['b_dec']
+             } | {k: w[k] for k in ('threshold', 'k') if k in w}
+    w = {k: v.float() for k, v in w.items()}
+    if 'threshold' in w and w['threshold'].ndim == 0: w['threshold'] = w['threshold'].expand(len(w['b_enc'])).clone()
+    return w
+
+# %% ../nbs/06_sae.ipynb #6f30f719
 def _absorb(
     w: dict, cfg: dict # weights and configuration, as SAELens writes them
 ) -> dict:
     "Rewrite the weights so that our formula gives what SAELens computes; ValueError where it cannot."
-    for key, fine in (('normalize_activations', 'none'), ('reshape_activations', 'none')):
+    for key, fine in (('normalize_activations', 'none'), ('reshape_activations', 'none'), ('activation', 'topk'), ('transcode', False)):
         if cfg.get(key, fine) != fine: raise ValueError(f'{key} = {cfg[key]!r} is not supported: export the SAE with {fine!r}')
-    w = {k: v.float() for k, v in w.items()}
+    w = _rename(w)
     if not cfg.get('apply_b_dec_to_input', True): w['b_enc'] = w['b_enc'] + w['b_dec']@w['W_enc']
     if cfg.get('rescale_acts_by_decoder_norm', False):
         norm = w['W_dec'].norm(dim=1)
         w |= {'W_enc': w['W_enc']*norm, 'b_enc': w['b_enc']*norm, 'W_dec': w['W_dec']/norm[:, None]}
     return w
 
-# %% ../nbs/06_sae.ipynb #bffd8095
+# %% ../nbs/06_sae.ipynb #687ff75e
+def _architecture(
+    w: dict, cfg: dict # renamed weights, configuration
+) -> tuple[str, int]:  # a key of `ACTIVATIONS`, k
+    "What kind of SAE these files describe; ValueError if we don't have it."
+    trained = cfg.get('metadata', {}).get('training_architecture')
+    k = cfg.get('k') or w.get('k') or (cfg.get('metadata', {}).get('training_architecture_details') or {}).get('k') or 32
+    name = cfg.get('architecture', 'topk' if 'k' in cfg or 'k' in w else None)
+    if name == 'jumprelu' and trained == 'batchtopk': name = trained
+    ours = {'standard': 'l1'} | {a: a for a in ACTIVATIONS}
+    if name not in ours: raise ValueError(f'Architecture {name!r}: this version reads {", ".join(ours)}')
+    return ours[name], min(round(float(k)), w['W_dec'].shape[0])
+
+# %% ../nbs/06_sae.ipynb #2834c287
+@patch(cls_method=True)
+def from_weights(cls: SAE,
+    weights: dict, # name -> tensor: the state dict of SAELens, sparsify or dictionary_learning
+    **cfg          # `architecture` (a key of `ACTIVATIONS`) and `k`, and options as in SAELens' or sparsify's cfg.json
+) -> SAE:          # folded: it acts on the activations that the peer's acts on
+    "An SAE from a peer's weights, with the same codes and reconstructions. ValueError for what our formula cannot give."
+    w = _absorb(weights, cfg)
+    architecture, k = _architecture(w, cfg)
+    if architecture == 'batchtopk' and (w['threshold'] < 0).any(): raise ValueError('The threshold is below 0, so it was never set: train longer, or pass architecture="topk"')
+    sae = cls(cfg.get('d_in', w['W_enc'].shape[0]), cfg.get('d_sae', cfg.get('num_latents') or w['W_enc'].shape[1]), k, architecture)
+    for name, p in sae.state_dict().items():
+        if name not in w or w[name].shape != p.shape:
+            raise ValueError(f'{name} has shape {tuple(w[name].shape) if name in w else None}, expected {tuple(p.shape)}: the files do not belong together')
+    sae.load_state_dict({name: w[name] for name in sae.state_dict()})
+    sae.folded, sae.metadata = True, cfg.get('metadata', {})
+    return sae
+
+# %% ../nbs/06_sae.ipynb #58742883
 def _read_folder(
-    folder: Path # holds cfg.json and sae_weights.safetensors
+    folder: Path # holds cfg.json and sae_weights.safetensors (SAELens) or sae.safetensors (sparsify)
 ) -> tuple[dict, dict, dict]: # configuration, weights, standardisation (empty if there is none)
     "Read the files of an SAE; FileNotFoundError or ValueError that names the file."
-    for name in ('cfg.json', 'sae_weights.safetensors'):
+    weights = 'sae.safetensors' if (folder/'sae.safetensors').exists() else 'sae_weights.safetensors'
+    for name in ('cfg.json', weights):
         if not (folder/name).exists(): raise FileNotFoundError(f'{folder.name} has no {name}: it is not the folder of an SAE')
     side = folder/'standardisation.safetensors'
-    try: return json.loads((folder/'cfg.json').read_text()), load_file(folder/'sae_weights.safetensors'), load_file(side) if side.exists() else {}
+    try: return json.loads((folder/'cfg.json').read_text()), load_file(folder/weights), load_file(side) if side.exists() else {}
     except (SafetensorError, json.JSONDecodeError) as e: raise ValueError(f'The files in {folder.name} are damaged ({e}): save or download them again') from None
 
-# %% ../nbs/06_sae.ipynb #f948b927
+# %% ../nbs/06_sae.ipynb #1ed498eb
 @patch(cls_method=True)
 def load(cls: SAE,
-    folder: Path | str # made by `save`, or by SAELens
+    folder: Path | str # made by `save`, by SAELens, or by sparsify
 ) -> SAE:              # folded: it acts on raw activations; `unfold()` for standardised ones
     "Load an SAE that acts on raw activations. ValueError for damaged files or an architecture we don't have."
-    folder = Path(folder)
-    cfg, w, side = _read_folder(folder)
-    architecture = {v: k for k, v in FORMAT.items()}.get(cfg.get('architecture'))
-    if architecture is None: raise ValueError(f'Architecture {cfg.get("architecture")!r} in {folder.name}: this version reads {", ".join(FORMAT.values())}')
-    sae = cls(cfg['d_in'], cfg['d_sae'], min(cfg.get('k', 32), cfg['d_sae']), architecture)
-    for name, p in sae.named_parameters():
-        if name not in w or w[name].shape != p.shape:
-            raise ValueError(f'{name} has shape {tuple(w[name].shape) if name in w else None}, cfg.json asks for {tuple(p.shape)}: the files do not belong together')
-    sae.load_state_dict({k: v for k, v in _absorb(w, cfg).items() if k in sae.state_dict()})
+    cfg, weights, side = _read_folder(Path(folder))
+    sae = cls.from_weights(weights, **cfg)
     for key, value in side.items(): setattr(sae, key, value)
-    sae.folded = True
     return sae
+
+# %% ../nbs/06_sae.ipynb #76d90ede
+@patch
+def _cfg(self: SAE): "What cfg.json says, and the metadata, as attributes."; c = _config(self, self.metadata); return SimpleNamespace(**c | c['metadata'])
+
+SAE.cfg = property(SAE._cfg)
+SAE.device = property(lambda self: self.W_dec.device, doc='Where the weights are.')
+SAE.dtype = property(lambda self: self.W_dec.dtype, doc='Of the weights.')

@@ -84,6 +84,45 @@ def test_command(tmp_path, monkeypatch, capsys):
         bm.benchmark("speed")
 
 
+def test_peers_are_skipped_unless_asked_for(monkeypatch, capsys):
+    "Without --peers no other library is installed and its rows say so; with it the rows of the race come in their place."
+    monkeypatch.setattr(bm, "train_steps", lambda *a: lambda: None)
+    monkeypatch.setattr(bm, "demo_sae", lambda steps: {"fve": 0.5, "frac_alive": 1.0})
+    monkeypatch.setattr(bm, "train_alone", lambda *a, **k: pytest.fail("a peer was run"))
+    skipped = [r for r in bm.benchmark("sae", "small")["rows"] if r["holds"] is None]
+    assert [r["what"].split()[-1] for r in skipped] == list(bm.PEERS) and all(r["target"] == 2 for r in skipped)
+    with pytest.raises(SystemExit):
+        bm.main(["omp", "--peers"])
+    assert "--peers is for sae" in capsys.readouterr().err
+
+
+def test_each_peer_has_a_program_that_compiles():
+    assert set(bm.PROGRAMS) == {"ours", *bm.PEERS}
+    for name, program in bm.PROGRAMS.items():
+        compile(bm.HEAD + program, name, "exec")
+
+
+def test_we_run_before_and_after_every_peer(monkeypatch):
+    "A ratio is a peer's time over the mean of ours on both sides; quality is compared with the best peer."
+    order, pace = [], {"ours": iter([1.0, 3.0, 1.0, 1.0]), "SAELens": iter([6.0]), "sparsify": iter([4.0]), "dictionary_learning": iter([1.0])}
+    def train(name, Z, folder, d_sae, steps):
+        order.append(name)
+        return next(pace[name]), name
+    monkeypatch.setattr(bm, "demo_rows", lambda: (None, torch.zeros(3, 2), torch.zeros(2, 2)))
+    monkeypatch.setattr(bm, "train_alone", train)
+    monkeypatch.setattr(bm, "evaluate_sae", lambda sae, z: {"fve": {"ours": 0.8, "SAELens": 0.7, "sparsify": 0.805, "dictionary_learning": 0.6}[sae]})
+    rows = bm.bench_peers()
+    assert order == ["ours", "SAELens", "ours", "sparsify", "ours", "dictionary_learning", "ours"]
+    assert [r["ratio"] for r in rows[:3]] == [3.0, 2.0, 1.0] and [r["holds"] for r in rows] == [True, True, False, True]
+    assert rows[3]["ours"] == 0.8 and abs(rows[3]["against"] - 0.8) < 1e-9
+
+
+def test_a_peer_that_fails_says_why(tmp_path, monkeypatch):
+    monkeypatch.setitem(bm.PROGRAMS, "ours", "raise SystemExit('out of luck')")
+    with pytest.raises(RuntimeError, match="ours failed: out of luck"):
+        bm.train_alone("ours", torch.zeros(4, 3), tmp_path, 8, 1)
+
+
 def test_shipped_results():
     "What ships has every benchmark, and each row is whole."
     full = json.loads((ASSETS / "benchmarks.json").read_text())

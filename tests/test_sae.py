@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -79,6 +80,45 @@ def test_l1_is_a_relu_and_shapes_are_free():
     assert sae.encode(z.bfloat16()).dtype == torch.float32
 
 
+@quick
+@given(seeds, st.sampled_from(['batchtopk', 'jumprelu']))
+def test_latents_fire_above_their_threshold(seed, architecture):
+    "Above the threshold, never at or below it; a row has the same code alone and in a batch."
+    sae, z = randomised(architecture=architecture, seed=seed), torch.randn(7, 6, generator=seeded(seed))
+    sae.threshold.data = torch.rand(10, generator=seeded(seed))
+    pre = sae.pre_acts(z).detach()
+    code = sae.encode(z).detach()
+    assert torch.equal(code, torch.where(pre > sae.threshold, pre, 0.)) and (code >= 0).all()
+    assert torch.allclose(torch.cat([sae.encode(row[None]) for row in z]), code, atol=1e-5)
+    sae.threshold.data += 1
+    assert ((sae.encode(z) > 0).sum() <= (code > 0).sum())
+
+
+def test_the_ramp_under_a_threshold():
+    "Gradients of JumpReLU by hand: the codes' as of a mask, the threshold's from entries within half a width."
+    pre = torch.tensor([[1.1, 3.], [.85, .2], [1.4, 1.9]], requires_grad=True)
+    threshold = torch.tensor([1., 2.], requires_grad=True)
+    code, on = module._Jump.apply(pre, threshold, .4)
+    assert torch.equal(code.detach(), torch.tensor([[1.1, 3.], [0., 0.], [1.4, 0.]])) and torch.equal(on, (code > 0).float())
+    (2*code.sum() + on.sum()).backward()
+    assert torch.equal(pre.grad, 2*on) # the count gives none
+    assert torch.allclose(threshold.grad, -torch.tensor([2*(2*1. + 1)/.4, 1*(2*2. + 1)/.4])) # near: 1.1 and .85; 1.9
+
+
+@quick
+@given(seeds, st.integers(1, 10), st.booleans())
+def test_the_sparse_step_is_the_dense_one(seed, k, batch):
+    "Reconstruction and every gradient, against dense matrices."
+    sae, z = randomised(k=k, seed=seed), torch.randn(9, 6, generator=seeded(seed))
+    pre = sae.pre_acts(z)
+    top = pre.flatten().topk(9*k).indices if batch else (torch.arange(9)[:, None]*10 + pre.topk(k).indices).flatten()
+    dense = (pre.relu()*torch.zeros(90).index_fill(0, top, 1.).view(9, 10))@sae.W_dec + sae.b_dec
+    sparse, latent, code = module._Sparse.apply(z, sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec, k, batch)
+    assert torch.allclose(sparse, dense, atol=1e-4) and len(latent) == len(code) == 9*k
+    grads = [torch.autograd.grad((z - out).square().sum(), list(sae.parameters())) for out in (sparse, dense)]
+    for a, b in zip(*grads): assert (a - b).abs().max() <= 1e-4*b.abs().max()
+
+
 # ---- beginnings
 
 def test_from_dictionary_below_equal_above(world):
@@ -115,7 +155,7 @@ def test_a_tensor_is_a_dictionary_too():
 
 # ---- training
 
-@pytest.mark.parametrize('architecture', ['topk', 'l1'])
+@pytest.mark.parametrize('architecture', ['topk', 'l1', 'batchtopk', 'jumprelu'])
 def test_training_improves_and_atoms_stay_unit(world, architecture):
     sae = SAE.random(12, 24, k=2, architecture=architecture, generator=seeded(0))
     out = sae.fit(world.Z, seeded(0), bar=False, steps=150, batch=64, lr=1e-2)
@@ -123,6 +163,40 @@ def test_training_improves_and_atoms_stay_unit(world, architecture):
     assert torch.allclose(sae.W_dec.norm(dim=1), torch.ones(24), atol=1e-5)
     assert [h['step'] for h in sae.history] == [0, 50, 100, 150]
     assert set(sae.history[0]) == {'step', 'fve', 'l0', 'frac_alive', 'dead', 'loss'}
+
+
+@pytest.mark.parametrize('architecture', ['batchtopk', 'jumprelu'])
+def test_l0_on_average(world, architecture):
+    "On new rows the mean count is near k, and the thresholds are those of the training's end."
+    sae = SAE.from_dictionary(world.D, k=2, architecture=architecture).fit(world.Z, seeded(0), bar=False, steps=200, batch=64, lr=5e-3)
+    h = sae.history[-1]
+    assert abs(h['l0'] - 2) < .5 and h['fve'] > sae.history[0]['fve'] and (sae.threshold >= 0).all() and sae.threshold.any()
+    assert (sae.threshold == sae.threshold[0]).all() == (architecture == 'batchtopk')
+
+
+def test_watch_joins_the_measurements(world):
+    sae = SAE.from_dictionary(world.D, k=2).fit(world.Z, seeded(0), bar=False, steps=10, every=5, watch=lambda s: {'norm': s.W_dec.norm().item()})
+    assert [h['step'] for h in sae.history] == [0, 5, 10] and all(abs(h['norm'] - 24**.5) < 1e-3 for h in sae.history)
+
+
+class Stream:
+    "Batches made while they are read; counts how many are alive at once."
+    alive = most = 0
+    def __iter__(self):
+        for i in range(60):
+            z = torch.randn(300, 12, generator=seeded(i))
+            Stream.alive += 1
+            Stream.most = max(Stream.most, Stream.alive)
+            weakref.finalize(z, self.gone)
+            yield z
+    @staticmethod
+    def gone(): Stream.alive -= 1
+
+
+def test_a_stream_is_not_kept_in_memory():
+    "Only the first few thousand rows are ever together, to find the centre."
+    sae = SAE.random(12, 24, k=2, generator=seeded(0)).fit(Stream(), bar=False, steps=100, every=50)
+    assert len(sae.history) == 3 and Stream.most <= 20
 
 
 def test_projected_gradients_are_orthogonal_to_atoms(world):
@@ -180,7 +254,7 @@ def test_alignment_by_hand():
 # ---- folding and files
 
 @quick
-@given(seeds, st.sampled_from(['topk', 'l1']))
+@given(seeds, st.sampled_from(['topk', 'l1', 'batchtopk', 'jumprelu']))
 def test_fold_is_exact_and_unfold_undoes_it(seed, architecture):
     sae = randomised(architecture=architecture, seed=seed)
     x = 3*torch.randn(20, 6, generator=seeded(seed))
@@ -189,6 +263,14 @@ def test_fold_is_exact_and_unfold_undoes_it(seed, architecture):
     assert torch.allclose(folded(x), sae.unstandardise(sae(sae.standardise(x))), atol=1e-3, rtol=1e-3)
     for p, q in zip(sae.parameters(), folded.unfold().parameters()): assert torch.allclose(p, q, atol=1e-5)
     assert folded.fold() is folded and sae.unfold() is sae and not sae.folded
+
+
+@pytest.mark.parametrize('architecture', ['batchtopk', 'jumprelu'])
+def test_thresholds_are_saved(world, tmp_path, architecture):
+    sae = SAE.from_dictionary(world.D, k=2, architecture=architecture).fit(world.Z, bar=False, steps=20)
+    back = SAE.load(sae.save(tmp_path/'sae'))
+    assert back.architecture == architecture and back.k == 2 and torch.equal(back.threshold, sae.threshold)
+    assert torch.allclose(back.encode(world.raw), sae.encode(world.Z), atol=1e-4)
 
 
 @pytest.mark.parametrize('architecture', ['topk', 'l1'])
@@ -263,7 +345,8 @@ def test_folders_that_do_not_fit(tmp_path):
 
 RECIPE = dict(bar=False, steps=30, batch=32, save_every=7, every=10)
 
-def test_resuming_gives_the_same_bits(world, tmp_path):
+@pytest.mark.parametrize('architecture', ['topk', 'batchtopk', 'jumprelu'])
+def test_resuming_gives_the_same_bits(world, tmp_path, architecture):
     class Stop(Exception): pass
     def stop(real, after):
         def step(*a, **k):
@@ -275,14 +358,14 @@ def test_resuming_gives_the_same_bits(world, tmp_path):
     file, real = tmp_path/'run', module._step
     module._step = stop(real, 17)
     try:
-        with pytest.raises(Stop): SAE.from_dictionary(world.D, k=2).fit(world.Z, seeded(0), file, **RECIPE)
+        with pytest.raises(Stop): SAE.from_dictionary(world.D, k=2, architecture=architecture).fit(world.Z, seeded(0), file, **RECIPE)
     finally: module._step = real
     assert module._read_file(file)[1]['step'] == 14
-    resumed = SAE.from_dictionary(world.D, k=2).fit(world.Z, seeded(99), file, **RECIPE)
-    straight = SAE.from_dictionary(world.D, k=2).fit(world.Z, seeded(0), **RECIPE)
-    assert all(torch.equal(a, b) for a, b in zip(resumed.parameters(), straight.parameters()))
+    resumed = SAE.from_dictionary(world.D, k=2, architecture=architecture).fit(world.Z, seeded(99), file, **RECIPE)
+    straight = SAE.from_dictionary(world.D, k=2, architecture=architecture).fit(world.Z, seeded(0), **RECIPE)
+    assert all(torch.equal(a, b) for a, b in zip(resumed.state_dict().values(), straight.state_dict().values()))
     assert resumed.history == straight.history
-    again = SAE.from_dictionary(world.D, k=2).fit(world.Z, seeded(0), file, **RECIPE) # finished: nothing left to do
+    again = SAE.from_dictionary(world.D, k=2, architecture=architecture).fit(world.Z, seeded(0), file, **RECIPE) # finished: nothing left to do
     assert all(torch.equal(a, b) for a, b in zip(again.parameters(), straight.parameters())) and again.history[-1]['step'] == 30
 
 
@@ -317,7 +400,7 @@ SAE.random(12, 24, k=2, generator=g).fit(Z, g, sys.argv[1], bar=False, steps=int
 
 def test_kill_9_then_resume(tmp_path):
     "A process is killed while it writes checkpoints as fast as it can; the file is whole, and going on gives the same bits."
-    file, steps = tmp_path/'run', 1500
+    file, steps = tmp_path/'run', 700
     process = subprocess.Popen([sys.executable, '-c', KILLED, str(file), str(steps)], env=os.environ | {'OMP_NUM_THREADS': '1'})
     deadline = time.time() + 240
     while not (file.exists() and module._read_file(file)[1]['step'] >= 5):
