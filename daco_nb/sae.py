@@ -477,7 +477,17 @@ def _rate(
     "Rise, stay, fall to zero."
     return min(1., (step + 1)/max(1., r.warmup*r.steps), (r.steps - step)/max(1., r.decay*r.steps))
 
-# %% ../nbs/06_sae.ipynb #5b499d18
+# %% ../nbs/06_sae.ipynb #6948c796
+@torch.no_grad()
+def _fit_length(sae: SAE, z: torch.Tensor # training rows `[n, d_in]`
+):
+    "Scale all codes by the one factor that makes the reconstructions fit best. Which latents fire stays the same."
+    guess = sae.decode(sae.encode(z)) - sae.b_dec
+    factor = ((z - sae.b_dec)*guess).sum()/guess.square().sum().clamp_min(1e-12)
+    if factor > 0:
+        for p in (sae.W_enc, sae.b_enc, *([sae.threshold] if hasattr(sae, 'threshold') else ())): p.mul_(factor)
+
+# %% ../nbs/06_sae.ipynb #2c70ba48
 def _begin(
     sae: SAE, sample: torch.Tensor, centre: str # training rows `[n, d_in]`; as in `Recipe`
 ):
@@ -490,8 +500,9 @@ def _begin(
     if hasattr(sae, 'threshold') and not sae.threshold.any():
         pre = sae.pre_acts(sample[:1024]).detach().relu().flatten()
         sae.threshold.data.fill_(pre.topk(min(len(pre), sae.k*len(sample[:1024]))).values[-1])
+    _fit_length(sae, sample[:1024])
 
-# %% ../nbs/06_sae.ipynb #f17fc914
+# %% ../nbs/06_sae.ipynb #e740f3b4
 def _step(
     sae: SAE, opt: torch.optim.Adam, z: torch.Tensor, idle: torch.Tensor, # batch `[b, d_in]`; rows since each latent fired, changed in place
     variance: float, r: Recipe, step: int # as in `_loss`
@@ -507,7 +518,7 @@ def _step(
     idle.add_(len(z)).masked_fill_(fired, 0)
     return loss.detach()
 
-# %% ../nbs/06_sae.ipynb #e7424e6c
+# %% ../nbs/06_sae.ipynb #f2d31435
 def _train(
     sae: SAE, opt: torch.optim.Adam, idle: torch.Tensor, header: dict, r: Recipe, path: Path | None, # state; as in *fit*
     test: torch.Tensor, batches, bar: bool, watch # held-out rows, step -> batches, progress bar, further measurements
@@ -532,7 +543,7 @@ def _train(
             if path and z is not None and (step % r.save_every == 0 or step == r.steps):
                 _save_state(sae, opt, idle, path, header | {'step': step, 'history': sae.history})
 
-# %% ../nbs/06_sae.ipynb #e97aa8ea
+# %% ../nbs/06_sae.ipynb #b67f3118
 @patch
 def fit(self: SAE,
     Z,                                        # standardised activations `[n, d_in]`, or an iterable of batches of them
@@ -559,7 +570,7 @@ def fit(self: SAE,
     _train(self, opt, idle, header, r, path, *_split(Z, r.heldout, r.batch, header['seed']), bar, watch)
     return self
 
-# %% ../nbs/06_sae.ipynb #c6cc71fe
+# %% ../nbs/06_sae.ipynb #6c3590a3
 @torch.no_grad()
 def alignment(
     sae: SAE,             # in the standardised space or folded
@@ -575,7 +586,7 @@ def alignment(
     own = sae.concept_index[started]
     return cosine.gather(1, own[:, None])[:, 0], cosine.argmax(1) == own
 
-# %% ../nbs/06_sae.ipynb #494d8212
+# %% ../nbs/06_sae.ipynb #bf6cdddb
 def _scaled(
     sae: SAE, mean: torch.Tensor, std: torch.Tensor, folded: bool # new weights act on z*std + mean
 ) -> SAE:
@@ -586,7 +597,7 @@ def _scaled(
     new.b_dec.data, new.folded = (b_dec*std + mean).float(), folded
     return new
 
-# %% ../nbs/06_sae.ipynb #736b158a
+# %% ../nbs/06_sae.ipynb #ad73169a
 @patch
 def fold(self: SAE) -> SAE:
     "A copy that acts on raw activations: same codes, reconstructions in raw units. A folded SAE is returned as it is."
@@ -598,7 +609,7 @@ def unfold(self: SAE) -> SAE:
     std = self.std.double()
     return _scaled(self, -self.mean.double()/std, 1/std, False) if self.folded else self
 
-# %% ../nbs/06_sae.ipynb #a825500d
+# %% ../nbs/06_sae.ipynb #ca12fcf6
 FORMAT = {'l1': 'standard', 'topk': 'topk', 'jumprelu': 'jumprelu', 'batchtopk': 'jumprelu'} # architecture -> its name in SAELens
 
 def _config(
@@ -613,7 +624,7 @@ def _config(
                          'training_architecture': FORMAT[sae.architecture] if sae.architecture == 'l1' else sae.architecture,
                          'training_architecture_details': {'k': sae.k}} | metadata}
 
-# %% ../nbs/06_sae.ipynb #0e5d5c09
+# %% ../nbs/06_sae.ipynb #b0db8782
 @patch
 def save(self: SAE,
     folder: Path | str,      # where; made if needed
@@ -633,7 +644,7 @@ def save(self: SAE,
     shutil.rmtree(old, ignore_errors=True)
     return folder
 
-# %% ../nbs/06_sae.ipynb #62b5a080
+# %% ../nbs/06_sae.ipynb #60daac44
 def _rename(
     w: dict # weights of any of the three
 ) -> dict:  # under our names, float32
@@ -647,7 +658,7 @@ def _rename(
     if 'threshold' in w and w['threshold'].ndim == 0: w['threshold'] = w['threshold'].expand(len(w['b_enc'])).clone()
     return w
 
-# %% ../nbs/06_sae.ipynb #6f30f719
+# %% ../nbs/06_sae.ipynb #cec96a17
 def _absorb(
     w: dict, cfg: dict # weights and configuration, as SAELens writes them
 ) -> dict:
@@ -661,7 +672,7 @@ def _absorb(
         w |= {'W_enc': w['W_enc']*norm, 'b_enc': w['b_enc']*norm, 'W_dec': w['W_dec']/norm[:, None]}
     return w
 
-# %% ../nbs/06_sae.ipynb #687ff75e
+# %% ../nbs/06_sae.ipynb #64c04faf
 def _architecture(
     w: dict, cfg: dict # renamed weights, configuration
 ) -> tuple[str, int]:  # a key of `ACTIVATIONS`, k
@@ -674,7 +685,7 @@ def _architecture(
     if name not in ours: raise ValueError(f'Architecture {name!r}: this version reads {", ".join(ours)}')
     return ours[name], min(round(float(k)), w['W_dec'].shape[0])
 
-# %% ../nbs/06_sae.ipynb #2834c287
+# %% ../nbs/06_sae.ipynb #8e82d7b0
 @patch(cls_method=True)
 def from_weights(cls: SAE,
     weights: dict, # name -> tensor: the state dict of SAELens, sparsify or dictionary_learning
@@ -692,7 +703,7 @@ def from_weights(cls: SAE,
     sae.folded, sae.metadata = True, cfg.get('metadata', {})
     return sae
 
-# %% ../nbs/06_sae.ipynb #58742883
+# %% ../nbs/06_sae.ipynb #54b415e9
 def _read_folder(
     folder: Path # holds cfg.json and sae_weights.safetensors (SAELens) or sae.safetensors (sparsify)
 ) -> tuple[dict, dict, dict]: # configuration, weights, standardisation (empty if there is none)
@@ -704,7 +715,7 @@ def _read_folder(
     try: return json.loads((folder/'cfg.json').read_text()), load_file(folder/weights), load_file(side) if side.exists() else {}
     except (SafetensorError, json.JSONDecodeError) as e: raise ValueError(f'The files in {folder.name} are damaged ({e}): save or download them again') from None
 
-# %% ../nbs/06_sae.ipynb #1ed498eb
+# %% ../nbs/06_sae.ipynb #b628e26e
 @patch(cls_method=True)
 def load(cls: SAE,
     folder: Path | str # made by `save`, by SAELens, or by sparsify
@@ -715,7 +726,7 @@ def load(cls: SAE,
     for key, value in side.items(): setattr(sae, key, value)
     return sae
 
-# %% ../nbs/06_sae.ipynb #76d90ede
+# %% ../nbs/06_sae.ipynb #abbec29c
 @patch
 def _cfg(self: SAE): "What cfg.json says, and the metadata, as attributes."; c = _config(self, self.metadata); return SimpleNamespace(**c | c['metadata'])
 
