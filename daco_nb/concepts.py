@@ -52,7 +52,7 @@ def concept_names(
         raise ValueError(f'The concept {twice!r} comes twice: each name must be unique, because it names a row of the dictionary')
     return names
 
-# %% ../nbs/01a_concepts.ipynb #d5c2ab4c
+# %% ../nbs/01a_concepts.ipynb #42c69b5b
 def csv_rows(
     path: Path,   # a CSV file
     wanted: tuple # columns it must have; others are ignored
@@ -70,6 +70,7 @@ def csv_rows(
         found.append({k: (v or '').strip() for k, v in r.items()})
     return found
 
+# %% ../nbs/01a_concepts.ipynb #51d01fd8
 def load_concepts(
     path: Path | None = None # a CSV file with the columns concept, synset, lexname, hypernyms, drawing; None takes the demo's table
 ) -> list[Concept]:          # in the order of the file
@@ -80,7 +81,7 @@ def load_concepts(
     concept_names(concepts)
     return concepts
 
-# %% ../nbs/01a_concepts.ipynb #cd865051
+# %% ../nbs/01a_concepts.ipynb #fddd7a3e
 LEXNAMES = ('adj.all adj.pert adv.all noun.Tops noun.act noun.animal noun.artifact noun.attribute noun.body noun.cognition noun.communication '
             'noun.event noun.feeling noun.food noun.group noun.location noun.motive noun.object noun.person noun.phenomenon noun.plant '
             'noun.possession noun.process noun.quantity noun.relation noun.shape noun.state noun.substance noun.time verb.body verb.change '
@@ -106,7 +107,7 @@ def parse_synset(
     if not gloss.endswith('\n'): raise ValueError('no gloss')
     return f[0], Synset(f[2], LEXNAMES[int(f[1])], tuple(w.split('(')[0] for w in f[4:p:2]), pointers, gloss.strip())
 
-# %% ../nbs/01a_concepts.ipynb #b2bced6e
+# %% ../nbs/01a_concepts.ipynb #14159527
 @dataclass
 class WordNet:
     "Nouns, verbs and adjectives of WordNet."
@@ -122,24 +123,27 @@ class WordNet:
         found = self.senses.get((pos, word.lower()), [])
         return self.tags.get((pos, word.lower(), found.index(offset) + 1), 0) if offset in found else 0
 
-    def id(self,
-        pos: str, offset: str # which synset
-    ) -> str:                 # such as bat.n.01
-        "Its name, from its first word and the sense this is of that word."
-        if (pos, offset) not in self.ids:
-            s, word = self.synsets[pos, offset], self.synsets[pos, offset].words[0].lower()
-            self.ids[pos, offset] = f'{word}.{s.pos}.{self.senses[pos, word].index(offset) + 1:02d}'
-        return self.ids[pos, offset]
+# %% ../nbs/01a_concepts.ipynb #55dd752c
+@patch
+def id(self: WordNet,
+    pos: str, offset: str # which synset
+) -> str:                 # such as bat.n.01
+    "Its name, from its first word and the sense this is of that word."
+    if (pos, offset) not in self.ids:
+        s, word = self.synsets[pos, offset], self.synsets[pos, offset].words[0].lower()
+        self.ids[pos, offset] = f'{word}.{s.pos}.{self.senses[pos, word].index(offset) + 1:02d}'
+    return self.ids[pos, offset]
 
-    def lookup(self,
-        synset: str # such as bat.n.01
-    ) -> tuple[str, str]: # pos, offset
-        "The inverse of `id`; KeyError or IndexError if there is no such sense."
-        word, pos, k = synset.rsplit('.', 2)
-        pos = pos.replace('s', 'a')
-        return pos, self.senses[pos, word][int(k) - 1]
+@patch
+def lookup(self: WordNet,
+    synset: str # such as bat.n.01
+) -> tuple[str, str]: # pos, offset
+    "The inverse of `id`; KeyError or IndexError if there is no such sense."
+    word, pos, k = synset.rsplit('.', 2)
+    pos = pos.replace('s', 'a')
+    return pos, self.senses[pos, word][int(k) - 1]
 
-# %% ../nbs/01a_concepts.ipynb #ef9e8261
+# %% ../nbs/01a_concepts.ipynb #8cf7243d
 @patch
 def above(self: WordNet,
     pos: str, offset: str # which synset
@@ -157,7 +161,7 @@ def synset_name(
     "The word in a synset's id, with blanks."
     return synset.rsplit('.', 2)[0].replace('_', ' ')
 
-# %% ../nbs/01a_concepts.ipynb #b27677a4
+# %% ../nbs/01a_concepts.ipynb #9ba8bf27
 _REMEDY = ("install Debian's package wordnet-base (folder /usr/share/wordnet), or let WNSEARCHDIR name the folder of another copy of WordNet 3.0's database, "
           'such as the one NLTK downloads')
 
@@ -169,6 +173,7 @@ def _wordnet_lines(
     if not (Path(folder)/name).is_file(): raise FileNotFoundError(f'{name} is not in the folder {Path(folder).name}: {_REMEDY}')
     with open(Path(folder)/name, encoding='latin-1', newline='\n') as f: yield from ((i, line) for i, line in enumerate(f, 1) if line[0] != ' ')
 
+# %% ../nbs/01a_concepts.ipynb #8347cc54
 def read_wordnet(
     folder: Path | None = None # with data.noun, index.noun, …, cntlist.rev; None: the variable WNSEARCHDIR, else /usr/share/wordnet
 ) -> WordNet:
@@ -183,7 +188,7 @@ def read_wordnet(
             raise ValueError(f'Synset {o} ({s.words[0]}) points up to {lost[0]}, which is not in the file: it is incomplete; {_REMEDY}')
     return wn
 
-# %% ../nbs/01a_concepts.ipynb #301b9f10
+# %% ../nbs/01a_concepts.ipynb #4c3ac2b0
 def _read_synset(wn, line, pos):
     "A line of a data file."
     offset, synset = parse_synset(line)
@@ -207,7 +212,7 @@ def _read_file(folder, name, read, wn, pos):
         try: read(wn, line, pos)
         except (IndexError, KeyError, ValueError) as e: raise ValueError(f'{name}, line {i}, is broken or cut short ({e}): {line[:40]!r}; {_REMEDY}') from e
 
-# %% ../nbs/01a_concepts.ipynb #fbb40fbc
+# %% ../nbs/01a_concepts.ipynb #f1a612f4
 _TOKEN = re.compile(r"[a-z]+(?:['-][a-z]+)*")
 
 def phrases_of(
@@ -235,21 +240,23 @@ class Reading(NamedTuple):
     @property
     def score(self): "Familiarity: tag count plus mentions."; return self.tags + self.mentions
 
-# %% ../nbs/01a_concepts.ipynb #1bd4fc4b
+# %% ../nbs/01a_concepts.ipynb #35ef7a3f
 def score_readings(
     wn: WordNet,            # where the words come from
     readings: list[Reading] # words in senses
 ) -> list[Reading]:         # the same, with `tags` and `mentions`
     "Count how often each reading was met, and how many other synsets mention its name."
-    heard, scored = Counter(), []
-    for s in wn.synsets.values(): heard.update(phrases_of(s))
-    for r in readings:
-        name, own = r.word.replace('_', ' ').lower(), phrases_of(wn.synsets[r.pos, r.offset])
-        forms = {name, plural(name)} if r.pos == 'n' else {name}
-        scored.append(r._replace(tags=wn.tag(r.pos, r.word, r.offset), mentions=sum(heard[f] for f in forms) - len(forms & own)))
-    return scored
+    def forms_of(r): # a plural that is a word of its own doesn't count: genus is not genu
+        name = r.word.replace('_', ' ').lower()
+        more = plural(name) if r.pos == 'n' else name
+        return {name} if ('n', more.replace(' ', '_')) in wn.senses else {name, more}
+    forms = {r: forms_of(r) for r in readings}
+    wanted = set().union(*forms.values())
+    said = {key: phrases_of(s) & wanted for key, s in wn.synsets.items()}
+    heard = Counter(name for names in said.values() for name in names)
+    return [r._replace(tags=wn.tag(r.pos, r.word, r.offset), mentions=sum(heard[f] for f in forms[r]) - len(forms[r] & said[r[1:3]])) for r in readings]
 
-# %% ../nbs/01a_concepts.ipynb #66c223d4
+# %% ../nbs/01a_concepts.ipynb #79383cd8
 _PLAIN = re.compile(r"[a-z]+(?:['_-][a-z]+){0,2}")
 
 def a_kind(wn: WordNet, r: Reading) -> bool:
@@ -260,7 +267,7 @@ def plain(wn: WordNet, r: Reading) -> bool:
     "Rule 2: small letters, at most three words, 3 to 24 letters."
     return bool(_PLAIN.fullmatch(r.word)) and 3 <= len(r.word) <= 24
 
-# %% ../nbs/01a_concepts.ipynb #e1e617ae
+# %% ../nbs/01a_concepts.ipynb #9032fbed
 def commonest(wn: WordNet, r: Reading) -> bool:
     "Rule 3: the sense of its word that was met most; among equals an animal or plant first, then WordNet's order."
     senses = wn.senses[r.pos, r.word.lower()]
@@ -277,7 +284,7 @@ def right_pos(wn: WordNet, r: Reading) -> bool:
     rival = max(_best_tag(wn, p, r.word) for p in 'nvar' if p != r.pos)
     return rival <= 3*mine if r.pos == 'n' else mine >= max(rival, 1) and (mine > 3*noun or ('n', r.word.lower()) not in wn.senses)
 
-# %% ../nbs/01a_concepts.ipynb #d56a226b
+# %% ../nbs/01a_concepts.ipynb #28b3f50d
 MARKED = {'ethnic_slur.n.01', 'obscenity.n.02', 'disparagement.n.01', 'archaism.n.01'}
 _RUDE = re.compile(r'ethnic slur|(offensive|obscene|derogatory|disparaging|insulting) (name|term|word)|\(archaic\)')
 LEFT_OUT = {'definite_quantity.n.01', 'taxonomic_group.n.01'}
@@ -305,7 +312,7 @@ def visible(wn: WordNet, r: Reading) -> bool:
     over = wn.above(r.pos, r.offset)
     return len(over) >= 4 and not LEFT_OUT & {wn.id('n', o) for o in (r.offset, *over)}
 
-# %% ../nbs/01a_concepts.ipynb #96e0cc59
+# %% ../nbs/01a_concepts.ipynb #f7092ff6
 NEED = {f'{pos}.{f}': n for n, pos, fields in (
     (1, 'noun', 'artifact feeling food'), (2, 'noun', 'location object shape'), (3, 'noun', 'animal event group person phenomenon plant'),
     (8, 'noun', 'act body communication possession process state substance time'), (16, 'noun', 'Tops attribute cognition'),
@@ -321,7 +328,7 @@ def familiar(wn: WordNet, r: Reading) -> bool:
     need = NEED['noun.substance' if 'drug.n.01' in up else field]*(2 if latin else 1)
     return r.score >= need or bool(HARM & up)
 
-# %% ../nbs/01a_concepts.ipynb #12c89cba
+# %% ../nbs/01a_concepts.ipynb #2325b71c
 def fold(
     name: str # of a concept
 ) -> str:
@@ -332,7 +339,7 @@ def fold(
         if n.endswith(end): return n[:len(n) - len(end)] + other
     return n
 
-# %% ../nbs/01a_concepts.ipynb #5399878e
+# %% ../nbs/01a_concepts.ipynb #f54fb1d9
 RULES = {'a kind': a_kind, 'written plainly': plain, 'the commonest sense': commonest, 'the right part of speech': right_pos,
          'current and decent': decent, 'can be seen or said': visible, 'familiar': familiar}
 
@@ -356,7 +363,7 @@ def curate(
     counts['one form a name'] = len(mine) + len(left)
     return [_as_concept(wn, r, drawing) for r in sorted(mine + left, key=order)], counts
 
-# %% ../nbs/01a_concepts.ipynb #7f0fe80c
+# %% ../nbs/01a_concepts.ipynb #8ae8832a
 def _as_concept(
     wn: WordNet,    # where it comes from
     r: Reading,     # word and sense
@@ -367,7 +374,7 @@ def _as_concept(
     return Concept(name, wn.id(r.pos, r.offset), wn.synsets[r.pos, r.offset].lexname, tuple(map(synset_name, above)),
                    drawing.get(name, ''), r.tags, r.offset, above)
 
-# %% ../nbs/01a_concepts.ipynb #9b6f7284
+# %% ../nbs/01a_concepts.ipynb #361d42a5
 def save_concepts(
     concepts: list[Concept],      # what to write
     path: Path,                   # a parquet file
@@ -383,6 +390,7 @@ def save_concepts(
     with open(part, 'rb') as f: os.fsync(f.fileno())
     os.replace(part, path)
 
+# %% ../nbs/01a_concepts.ipynb #57372786
 def wordnet_concepts(
     path: Path | None = None # a file of `save_concepts`; None takes the shipped table
 ) -> list[Concept]:          # the most familiar first
@@ -396,7 +404,7 @@ def wordnet_concepts(
     ups = [tuple(r['above'].split('>')) if r['above'] else () for r in rows]
     return [Concept(r['concept'], r['synset'], r['lexname'], tuple(map(synset_name, up)), r['drawing'], r['frequency'], r['offset'], up) for r, up in zip(rows, ups)]
 
-# %% ../nbs/01a_concepts.ipynb #59096b92
+# %% ../nbs/01a_concepts.ipynb #65876a9d
 def under(
     concepts: list[Concept], # where to look
     synset: str              # such as weapon.n.01
@@ -408,7 +416,7 @@ def under(
     near = sorted({s for c in concepts for s in (c.synset, *c.above) if s and synset_name(s) == word})
     raise ValueError(f'No concept lies under {synset!r}: ' + (f'is {" or ".join(near)} meant?' if near else 'write it as lemma.pos.sense, such as weapon.n.01; look at the field `above` of a concept'))
 
-# %% ../nbs/01a_concepts.ipynb #57d9e3f6
+# %% ../nbs/01a_concepts.ipynb #05dd39fa
 def _own_concept(
     given,                   # a `Concept`, a name, or a pair (name, parent)
     concepts: list[Concept]  # table in which parents are looked up, by name or synset
@@ -422,6 +430,7 @@ def _own_concept(
     above = (up.synset, *up.above) if up.synset else ()
     return Concept(name, '', up.lexname, (up.name, *up.hypernyms) if not above else tuple(map(synset_name, above)), '', 0, '', above)
 
+# %% ../nbs/01a_concepts.ipynb #a048010c
 def add_concepts(
     concepts: list[Concept], # table to add to
     more,                    # names, pairs (name, parent) or `Concept`s; or a CSV file with the columns concept and parent
