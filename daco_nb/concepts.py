@@ -312,12 +312,13 @@ def visible(wn: WordNet, r: Reading) -> bool:
     over = wn.above(r.pos, r.offset)
     return len(over) >= 4 and not LEFT_OUT & {wn.id('n', o) for o in (r.offset, *over)}
 
-# %% ../nbs/01a_concepts.ipynb #f7092ff6
+# %% ../nbs/01a_concepts.ipynb #84fc6a8a
 NEED = {f'{pos}.{f}': n for n, pos, fields in (
     (1, 'noun', 'artifact feeling food'), (2, 'noun', 'location object shape'), (3, 'noun', 'animal event group person phenomenon plant'),
     (8, 'noun', 'act body communication possession process state substance time'), (16, 'noun', 'Tops attribute cognition'),
     (8, 'verb', 'body competition consumption contact creation emotion motion perception weather'),
     (16, 'verb', 'communication possession social'), (8, 'adj', 'all')) for f in fields.split()} # field to least score
+
 HARM = {f'{s}.n.{k:02d}' for s, k in dict(weapon=1, weaponry=1, ammunition=1, explosive=1, explosive_device=1, drug_of_abuse=1, narcotic=1, hallucinogen=1,
         poison=1, crime=1, wrongdoer=1, wrongdoing=2, killing=2, aggression=3, mistreatment=1, violence=1).items()}
 

@@ -205,6 +205,7 @@ def test_shipped_table(table):
 def test_known_examples(table):
     by = {c.name: c for c in table}
     for n in ('knife', 'dog', 'bridge', 'bomb', 'poison', 'pistol', 'cocaine', 'heroin', 'theft', 'murder', 'arson', 'terrorist', 'kayak', 'kindness', 'happy', 'eat'): assert n in by, n
+    assert by['rape'].synset == 'rape.v.01' and by['superman'].lexname == 'noun.person'
     assert by['dog'].synset == 'dog.n.01' and by['bridge'].lexname == 'noun.artifact' and 'weapon' in by['dagger'].hypernyms
     for n in ('paris', 'einstein', 'genus canis', 'canidae', 'kyanite', 'kilometer', 'entity', 'seventeen', 'nigger', 'coon', 'the', 'excalibur'): assert n not in by, n
 
