@@ -9,7 +9,7 @@ __all__ = ['MAX_PIXELS', 'IMAGE_COLUMNS', 'TEXT_COLUMNS', 'PICTURES', 'LONG', 'N
            'DualEncoder', 'encode_pairs', 'write_whole', 'checksum', 'save_shard', 'load_shard', 'embed_corpus', 'Rows',
            'open_embeddings', 'one_sided', 'without', 'random_pairs', 'pick', 'Best', 'blocks', 'look', 'levels',
            'sweep', 'measure', 'check_counts', 'as_table', 'encode_concepts', 'check_embeddings', 'retrieve',
-           'show_stimuli', 'load_stimuli', 'save_stimuli']
+           'show_stimuli', 'load_stimuli', 'check_sides', 'save_stimuli']
 
 # %% ../nbs/02_stimuli.ipynb #39bc7b50
 import csv, hashlib, json, os, tarfile, warnings
@@ -223,7 +223,7 @@ class FolderCorpus:
 
 PICTURES = ('.jpg', '.jpeg', '.png', '.webp', '.gif', '.bmp')
 
-# %% ../nbs/02_stimuli.ipynb #7d86c39c
+# %% ../nbs/02_stimuli.ipynb #74efd9c7
 def index_tar(
     path: Path # a tar, not compressed
 ) -> np.ndarray: # int64 `[pairs, 5]`: offset and size of the picture, offset and size of the caption, 1 if that is JSON
@@ -239,6 +239,8 @@ def index_tar(
                 row, at = found.setdefault((folder, key), [0]*5), (member.offset_data, member.size)
                 if kind == 'txt' or kind == 'json' and not row[3]: row[2:] = *at, kind == 'json'
                 elif kind != 'json': row[:2] = at
+            tar.fileobj.seek(tar.offset)
+            if tar.fileobj.read(512) != bytes(512): raise tarfile.ReadError('there is no mark of its end')
     except (tarfile.TarError, OSError) as e: warnings.warn(f'{path.name} ends early ({e}): {len(found)} pairs were found before that')
     return np.array(list(found.values()), dtype=np.int64).reshape(-1, 5)
 
@@ -533,7 +535,7 @@ def blocks(
         if wrong.any(): raise ValueError(f'The embedding of pair {start + wrong.nonzero()[0, 0]} has length {length[:, wrong][0, 0]:.3g}: scale rows to length 1')
         yield start, [e if usable.all() else torch.where(usable[:, None], e, 0) for e in both], usable
 
-# %% ../nbs/02_stimuli.ipynb #8fea169a
+# %% ../nbs/02_stimuli.ipynb #01b9dd51
 def look(
     embeddings: tuple, # (images, texts)
     moments: bool      # whether to compute them; an empty list if not
@@ -545,6 +547,7 @@ def look(
         found.append(usable)
         for k, e in enumerate(both if moments else ()): sums[k] += e.sum(0); squares[k] += e.T@e
     usable = torch.cat(found)
+    if not usable.all(): warnings.warn(f'{int((~usable).sum()):,} of {len(usable):,} pairs have no embedding: they are never retrieved')
     means = sums/(n := max(int(usable.sum()), 1))
     return usable, [(m, s/n - m[:, None]*m) for m, s in zip(means, squares)] if moments else []
 
@@ -698,7 +701,7 @@ def show_stimuli(
     fig.subplots_adjust(wspace=.08, hspace=.3)
     return fig
 
-# %% ../nbs/02_stimuli.ipynb #b83f18ab
+# %% ../nbs/02_stimuli.ipynb #9000a2a0
 def load_stimuli(
     path: Path | None = None # a parquet file with the columns of `retrieve`; None takes the shipped table
 ) -> Dataset:                # its pairs index `DemoCorpus()`
@@ -709,15 +712,25 @@ def load_stimuli(
     wanted = ('concept', 'pair', 's_image', 's_text', 'distance', 'positive')
     if missing := [c for c in wanted if c not in table.column_names]:
         raise ValueError(f'{path.name} lacks the column {missing[0]!r}: it needs {", ".join(wanted)}')
+    check_sides(table, path.name)
     return table
+
+def check_sides(
+    stimuli: Dataset, # a table of stimuli
+    name: str = 'The table'
+):
+    "ValueError if there are no stimuli, or if a concept lacks positives or negatives."
+    sides = {yes: {c for c, p in zip(stimuli['concept'], stimuli['positive']) if p == yes} for yes in (True, False)}
+    if not len(stimuli): raise ValueError(f'{name} holds no stimuli: make them with retrieve()')
+    if lone := sides[True] ^ sides[False]:
+        c = min(lone)
+        raise ValueError(f'{name}: the concept {c!r} has no {"negatives" if c in sides[True] else "positives"}, so there is nothing to contrast; retrieve it again')
 
 def save_stimuli(
     stimuli: Dataset, # from `retrieve`
     path: Path        # a parquet file
 ):
-    "Write a table of stimuli under a temporary name, flush, rename."
-    path = Path(path)
-    part = path.with_name(f'.{path.name}.{os.getpid()}.part')
-    pq.write_table(pa.table(stimuli.to_dict()), part, compression='zstd')
-    with open(part, 'rb') as f: os.fsync(f.fileno())
-    os.replace(part, path)
+    "Write a table of stimuli, whole or not at all."
+    out = BytesIO()
+    pq.write_table(pa.table(stimuli.to_dict()), out, compression='zstd')
+    write_whole(Path(path), out.getvalue())
