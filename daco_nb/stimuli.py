@@ -413,7 +413,7 @@ def _tell(both):
     if len(both.skipped) == len(both[0]): raise ValueError(text)
     warnings.warn(text + '. They are listed in `skipped`')
 
-# %% ../nbs/02_stimuli.ipynb #c62433c8
+# %% ../nbs/02_stimuli.ipynb #97b7db24
 class Rows:
     "Rows `[n, d]` that lie in shards on disk; only slices can be read."
     def __init__(self, paths: list, key: str):
@@ -429,6 +429,7 @@ class Rows:
         ks = range(bisect_right(self.starts, a) - 1, bisect_left(self.starts, b))
         return torch.cat([self._slice(self.paths[k])[max(a - self.starts[k], 0):b - self.starts[k]] for k in ks])
 
+# %% ../nbs/02_stimuli.ipynb #ff056447
 def open_embeddings(
     folder: Path # of `embed_corpus`
 ) -> Embeddings: # of `Rows`
@@ -442,7 +443,7 @@ def open_embeddings(
         n, skipped, cut = n + len(both[0]), skipped | both.skipped, cut + both.cut
     return Embeddings(Rows(paths, 'images'), Rows(paths, 'texts'), skipped, cut)
 
-# %% ../nbs/02_stimuli.ipynb #cfd22b72
+# %% ../nbs/02_stimuli.ipynb #ece979da
 NEGATIVES = ('far', 'random', 'hard')
 
 def one_sided(
@@ -465,7 +466,7 @@ def without(
     if (least := min(map(len, kept))) < k: raise ValueError(f'A concept has only {least} negatives, not {k}: lower n_neg, or choose other negatives')
     return torch.stack(kept)
 
-# %% ../nbs/02_stimuli.ipynb #4489a39f
+# %% ../nbs/02_stimuli.ipynb #31234eb4
 def random_pairs(
     usable: torch.Tensor, # bool `[n]`: pairs that may be drawn
     b: int,               # concepts
@@ -477,7 +478,7 @@ def random_pairs(
     rng = np.random.default_rng(torch.randint(2**62, (1,), generator=generator).item())
     return usable.nonzero()[:, 0][torch.from_numpy(np.stack([rng.choice(int(usable.sum()), k, replace=False) for _ in range(b)]))]
 
-# %% ../nbs/02_stimuli.ipynb #2cca8526
+# %% ../nbs/02_stimuli.ipynb #e5e1f03b
 def pick(
     s_image: torch.Tensor,      # `[b, n]` similarities of concepts and pictures
     s_text: torch.Tensor,       # `[b, n]` similarities of concepts and captions
@@ -495,7 +496,7 @@ def pick(
         away[score <= WORST] = -1
     return torch.cat([near, without(away, near, n_neg)], 1)
 
-# %% ../nbs/02_stimuli.ipynb #d8152a2b
+# %% ../nbs/02_stimuli.ipynb #49b23f2d
 class Best:
     "For each concept the pairs with the `k` highest scores so far, highest first; scores of `WORST` or less don't count."
     def __init__(self, n: int, k: int): self.scores, self.pairs = torch.full((n, k), WORST), torch.full((n, k), -1)
@@ -520,7 +521,7 @@ class Best:
 
 WORST = -1e6
 
-# %% ../nbs/02_stimuli.ipynb #7118ef4c
+# %% ../nbs/02_stimuli.ipynb #2a1e9132
 def blocks(
     embeddings: tuple, # (images, texts): `[n, d]` each, unit rows or NaN
     size: int = 1024   # pairs at a time
@@ -535,7 +536,7 @@ def blocks(
         if wrong.any(): raise ValueError(f'The embedding of pair {start + wrong.nonzero()[0, 0]} has length {length[:, wrong][0, 0]:.3g}: scale rows to length 1')
         yield start, [e if usable.all() else torch.where(usable[:, None], e, 0) for e in both], usable
 
-# %% ../nbs/02_stimuli.ipynb #01b9dd51
+# %% ../nbs/02_stimuli.ipynb #96b0314a
 def look(
     embeddings: tuple, # (images, texts)
     moments: bool      # whether to compute them; an empty list if not
@@ -559,7 +560,7 @@ def levels(
     q = q.double()
     return [((q@m)[:, None].float(), ((q@C)*q).sum(1, keepdim=True).clamp(min=1e-12).sqrt().float()) for m, C in moments]
 
-# %% ../nbs/02_stimuli.ipynb #7e9e2fb5
+# %% ../nbs/02_stimuli.ipynb #2e213942
 def sweep(
     q: torch.Tensor,   # float32 `[concepts, d]`
     embeddings: tuple, # (images, texts)
@@ -585,7 +586,7 @@ def _only(usable, scores):
     "Scores in place, -inf for pairs that can't be used."
     return scores if usable.all() else scores.masked_fill_(~usable, -torch.inf)
 
-# %% ../nbs/02_stimuli.ipynb #20bf57ff
+# %% ../nbs/02_stimuli.ipynb #56d9ce2e
 def measure(
     q: torch.Tensor,   # `[concepts, d]`
     embeddings: tuple, # (images, texts)
@@ -602,7 +603,7 @@ def measure(
     s_image, s_text = s.view(2, -1, k)
     return s_image, s_text, geometric_distance(s_image, s_text)
 
-# %% ../nbs/02_stimuli.ipynb #c01a4179
+# %% ../nbs/02_stimuli.ipynb #972703c0
 def check_counts(
     n: int,          # pairs that can be used
     n_pos: int,      # positives per concept
@@ -615,7 +616,7 @@ def check_counts(
     if n_pos + n_neg > n: raise ValueError(f'{n_pos} positives and {n_neg} negatives do not fit into a corpus of {n} pairs: '
                                            'lower n_pos or n_neg, or give a larger corpus')
 
-# %% ../nbs/02_stimuli.ipynb #8d01a4de
+# %% ../nbs/02_stimuli.ipynb #fbfd9ced
 def as_table(
     names: list[str],     # concepts
     n_pos: int,           # how many columns are positive, from the left
@@ -629,7 +630,7 @@ def as_table(
     columns = dict(pair=pair, s_image=s_image, s_text=s_text, distance=distance, positive=positive)
     return Dataset.from_dict({'concept': np.repeat(names, pair.shape[1]), **{k: v.flatten() for k, v in columns.items()}})
 
-# %% ../nbs/02_stimuli.ipynb #bd772e2d
+# %% ../nbs/02_stimuli.ipynb #00036377
 def encode_concepts(
     names: list[str], # of concepts
     encoder,          # the encoder
@@ -646,12 +647,13 @@ def check_embeddings(
     embeddings: tuple, # (images, texts)
     n: int             # pairs in the corpus
 ):
-    "ValueError if the embeddings are not those of `n` pairs."
+    "The embeddings; ValueError if they are not those of `n` pairs."
     for e in embeddings:
         if len(e) != n: raise ValueError(f'{len(e)} embeddings for a corpus of {n} pairs: embed this corpus')
     if embeddings[0].shape != embeddings[1].shape: raise ValueError(f'Embeddings of pictures {tuple(embeddings[0].shape)} and captions {tuple(embeddings[1].shape)} differ in width')
+    return embeddings
 
-# %% ../nbs/02_stimuli.ipynb #d62d4c0d
+# %% ../nbs/02_stimuli.ipynb #de2821d6
 def retrieve(
     concepts: list,          # `Concept`s or names
     corpus,                  # anything with `len`, whose item `i` is (PIL picture, caption)
@@ -665,21 +667,19 @@ def retrieve(
     generator: torch.Generator | None = None # for `random`; None seeds one with 0
 ) -> Dataset: # columns concept, pair, s_image, s_text, distance, positive
     "Positive and negative stimuli of every concept by `geometric_distance` (DACO, step 2). ValueError if input does not fit."
-    names, generator = concept_names(concepts), generator or torch.Generator().manual_seed(0)
     check_counts(len(corpus), n_pos, n_neg, negatives)
-    embeddings = embeddings or embed_corpus(corpus, encoder)
-    check_embeddings(embeddings, len(corpus))
+    names, generator = concept_names(concepts), generator or torch.Generator().manual_seed(0)
+    embeddings = check_embeddings(embeddings or embed_corpus(corpus, encoder), len(corpus))
     q = encode_concepts(names, encoder, template, embeddings[0].shape[1])
     usable, moments = look(embeddings, negatives == 'hard')
-    check_counts(int(usable.sum()), n_pos, n_neg, negatives)
+    check_counts(int(usable.sum()), n_pos, n_neg, negatives) # of what is left
     near, away = sweep(q, embeddings, n_pos, dict(far=n_neg, random=0, hard=n_pos + n_neg)[negatives], moments, block)
-    if negatives == 'random': away = random_pairs(usable, len(q), n_pos + n_neg, generator)
-    pairs = torch.cat([near, without(away, near, n_neg)], 1)
-    s = measure(q, embeddings, pairs)
+    pairs = torch.cat([near, without(random_pairs(usable, len(q), n_pos + n_neg, generator) if away is None else away, near, n_neg)], 1)
+    s = measure(q, embeddings, pairs) # in double precision, so positives are sorted once more
     order = torch.cat([s[2][:, :n_pos].argsort(stable=True), torch.arange(n_pos, n_pos + n_neg).expand(len(q), -1)], 1)
     return as_table(names, n_pos, *(t.gather(1, order).numpy() for t in (pairs, *s)))
 
-# %% ../nbs/02_stimuli.ipynb #fde15433
+# %% ../nbs/02_stimuli.ipynb #ce273017
 def show_stimuli(
     stimuli: Dataset,      # from `retrieve`
     corpus,                # the corpus it indexes
@@ -701,7 +701,7 @@ def show_stimuli(
     fig.subplots_adjust(wspace=.08, hspace=.3)
     return fig
 
-# %% ../nbs/02_stimuli.ipynb #9000a2a0
+# %% ../nbs/02_stimuli.ipynb #608b48ee
 def load_stimuli(
     path: Path | None = None # a parquet file with the columns of `retrieve`; None takes the shipped table
 ) -> Dataset:                # its pairs index `DemoCorpus()`
@@ -715,6 +715,7 @@ def load_stimuli(
     check_sides(table, path.name)
     return table
 
+# %% ../nbs/02_stimuli.ipynb #4cd9c8aa
 def check_sides(
     stimuli: Dataset, # a table of stimuli
     name: str = 'The table'
@@ -726,6 +727,7 @@ def check_sides(
         c = min(lone)
         raise ValueError(f'{name}: the concept {c!r} has no {"negatives" if c in sides[True] else "positives"}, so there is nothing to contrast; retrieve it again')
 
+# %% ../nbs/02_stimuli.ipynb #f2902b60
 def save_stimuli(
     stimuli: Dataset, # from `retrieve`
     path: Path        # a parquet file
