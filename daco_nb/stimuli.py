@@ -349,15 +349,15 @@ def checksum(
     for e in both: digest.update(e.contiguous().numpy())
     return digest.hexdigest()
 
-# %% ../nbs/02_stimuli.ipynb #e1f70f78
+# %% ../nbs/02_stimuli.ipynb #a1aac4dc
 def save_shard(
     path: Path,       # where it shall appear
     both: Embeddings, # float16
     tag: str          # which corpus and encoder
 ):
     "Write a shard of embeddings, whole or not at all."
-    about = dict(tag=tag, skipped=json.dumps(both.skipped), cut=json.dumps(both.cut), sha256=checksum(both, tag))
-    write_whole(path, to_bytes({'images': both[0].contiguous(), 'texts': both[1].contiguous()}, about))
+    about = json.dumps(dict(tag=tag, skipped=both.skipped, cut=both.cut, sha256=checksum(both, tag)))
+    write_whole(path, to_bytes({'images': both[0].contiguous(), 'texts': both[1].contiguous()}, {'about': about})) # one entry: several come in any order
 
 def load_shard(
     path: Path, # a shard
@@ -368,8 +368,8 @@ def load_shard(
     if not path.exists(): return None
     try:
         with safe_open(path, 'pt') as f:
-            about, images, texts = f.metadata(), f.get_tensor('images'), f.get_tensor('texts')
-        both = Embeddings(images, texts, {int(i): why for i, why in json.loads(about['skipped']).items()}, json.loads(about['cut']))
+            about, images, texts = json.loads(f.metadata()['about']), f.get_tensor('images'), f.get_tensor('texts')
+        both = Embeddings(images, texts, {int(i): why for i, why in about['skipped'].items()}, about['cut'])
         if images.dtype != torch.float16 or checksum(both, about['tag']) != about['sha256']: return None
     except (SafetensorError, KeyError, TypeError, ValueError, AttributeError): return None
     if tag not in (None, about['tag']): raise ValueError(f'{path.name} holds embeddings of {about["tag"]!r}, not of {tag!r}: choose another folder, or empty this one')
