@@ -443,8 +443,9 @@ def open_embeddings(
         n, skipped, cut = n + len(both[0]), skipped | both.skipped, cut + both.cut
     return Embeddings(Rows(paths, 'images'), Rows(paths, 'texts'), skipped, cut)
 
-# %% ../nbs/02_stimuli.ipynb #ece979da
+# %% ../nbs/02_stimuli.ipynb #592877ba
 NEGATIVES = ('far', 'random', 'hard')
+WORST = -1e6 # a score this low never counts
 
 def one_sided(
     image: torch.Tensor, # `[b, n]` cosines or similarities of pictures
@@ -496,7 +497,7 @@ def pick(
         away[score <= WORST] = -1
     return torch.cat([near, without(away, near, n_neg)], 1)
 
-# %% ../nbs/02_stimuli.ipynb #49b23f2d
+# %% ../nbs/02_stimuli.ipynb #49e5f926
 class Best:
     "For each concept the pairs with the `k` highest scores so far, highest first; scores of `WORST` or less don't count."
     def __init__(self, n: int, k: int): self.scores, self.pairs = torch.full((n, k), WORST), torch.full((n, k), -1)
@@ -518,8 +519,6 @@ class Best:
         best[rows], order = torch.cat([best[rows], new], 1).topk(best.shape[1])
         pairs[rows] = torch.cat([pairs[rows], numbers], 1).gather(1, order)
         return len(at)
-
-WORST = -1e6
 
 # %% ../nbs/02_stimuli.ipynb #2a1e9132
 def blocks(
