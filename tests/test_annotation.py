@@ -8,7 +8,7 @@ from torch.nn.functional import normalize
 
 from daco_nb import annotation as A
 from daco_nb.demo import ASSETS
-from daco_nb.stimuli import load_concepts
+from daco_nb.concepts import load_concepts
 
 NAMES = ['bomb', 'gun', 'help', 'care', 'chair', 'table']
 LABELS = dict(bomb='undesirable', gun='undesirable', help='desirable', care='desirable', chair='neither', table='neither')
