@@ -63,7 +63,14 @@ class Shard:
     @property
     def pairs(self) -> torch.Tensor: "Pair numbers, int64 `[n]`."; return self['pairs']
 
-# %% ../nbs/03_activations.ipynb #42f6c546
+# %% ../nbs/03_activations.ipynb #39b03fb1
+@patch
+def _sound(self:Shard, key):
+    "A tensor in single precision; ValueError if it is not finite (`extract` writes none such)."
+    z = self[key].float()
+    if not z.isfinite().all(): raise ValueError(f'{self.path.name} holds NaN or infinite activations in {key!r}: extract into a new store with dtype=torch.float32')
+    return z
+
 @patch
 def summaries(self:Shard,
     layer: int,         # one of the store's layers
@@ -72,7 +79,7 @@ def summaries(self:Shard,
     "One vector per pair; ValueError for an unknown kind."
     if kind == 'both': return torch.stack([self.summaries(layer, k) for k in ('text', 'image')]).nanmean(0)
     if kind not in KINDS: raise ValueError(f"Unknown summary {kind!r}: choose 'both' or one of {', '.join(KINDS)}")
-    z = self[f'{layer}.{kind}'].float()
+    z = self._sound(f'{layer}.{kind}')
     none = self[f'n_{kind}'] == 0 if f'n_{kind}' in self else torch.zeros(len(z), dtype=torch.bool)
     return z.masked_fill(none.unsqueeze(1), torch.nan)
 
@@ -81,7 +88,7 @@ def tokens(self:Shard,
     layer: int # one of the store's layers
 ) -> tuple[torch.Tensor, torch.Tensor]: # float32 `[m, d]`; roles int8 `[m]`
     "Single tokens and their roles."
-    return self[f'{layer}.tokens'].float(), self['roles']
+    return self._sound(f'{layer}.tokens'), self['roles']
 
 # %% ../nbs/03_activations.ipynb #4133d265
 def _records(folder, of=None):
