@@ -27,7 +27,7 @@ from .demo import ASSETS, atomic_folder, by_name, scene, topics
 from .mllm import ANSWER, MLLM
 from .stimuli import load_concepts
 
-# %% ../nbs/04_dictionary.ipynb #941703ce
+# %% ../nbs/04_dictionary.ipynb #22992f47
 class Edges(NamedTuple):
     "Stimuli as arrays, each (pair, concept, side) once, in the order of the pairs."
     names: list          # concepts, in the order of the table
@@ -44,16 +44,15 @@ def edges(
     if not len(table): raise ValueError('The concept list is empty: nothing to read')
     concept = pa.chunked_array(table['concept']).combine_chunks().dictionary_encode()
     code, names = concept.indices.to_numpy(zero_copy_only=False).astype(np.int64), concept.dictionary.to_pylist()
-    key = 2*code + table['positive'].to_numpy().astype(bool)
-    pair, key = np.unique(np.stack([table['pair'].to_numpy().astype(np.int64), key]), axis=1)
-    return Edges(names, pair, key//2, key % 2 == 1)
+    pair, rest = np.divmod(np.unique(table['pair'].to_numpy().astype(np.int64)*(2*len(names)) + 2*code + table['positive'].to_numpy().astype(bool)), 2*len(names))
+    return Edges(names, pair, rest//2, rest % 2 == 1)
 
-# %% ../nbs/04_dictionary.ipynb #ad5982e7
+# %% ../nbs/04_dictionary.ipynb #10daa5ad
 def _known(e, store):
     "The edges whose pairs were read; ValueError for pairs the store never saw, and for concepts left with one side."
-    read, skipped = store.pairs.numpy(), np.array(sorted(store.skipped), dtype=np.int64)
-    there = np.isin(e.pair, read)
-    if len(lost := np.unique(e.pair[~there & ~np.isin(e.pair, skipped)])):
+    read = store.pairs.numpy()
+    there = read[np.searchsorted(read, e.pair).clip(max=len(read) - 1)] == e.pair
+    if len(lost := np.setdiff1d(e.pair[~there], list(store.skipped))):
         raise ValueError(f'{len(lost)} pairs of the stimuli have no activations (pair {lost[0]}, for one): extract them first')
     e = e._replace(pair=e.pair[there], concept=e.concept[there], positive=e.positive[there])
     _two_sided(e.names, np.stack([np.bincount(e.concept[e.positive == s], minlength=len(e.names)) for s in (True, False)]))
@@ -100,7 +99,7 @@ def _visits(store, e, layer, kind):
         if z.isinf().any(): raise ValueError(f'{shard.path.name} holds infinite activations of layer {layer}: extract again with dtype=torch.float32')
         yield shard, z, own, rows
 
-# %% ../nbs/04_dictionary.ipynb #9ee91546
+# %% ../nbs/04_dictionary.ipynb #48a0a5db
 class Sums(NamedTuple):
     "What one pass over a store leaves."
     total: torch.Tensor # float32 `[n, 2 sides (negative, positive), 2 halves, d]`, running sums
@@ -113,7 +112,7 @@ def contrast_sums(
     layer: int,             # one of `store.layers`
     kind: str = 'both'      # summary: 'text', 'image', 'last' or 'both'
 ) -> Sums:
-    "One pass over the shards with running sums; memory does not depend on the number of stimuli."
+    "One pass over the shards with running sums; no activations are kept, however many there are."
     total, count, moments, base = None, torch.zeros(len(e.names)*4, dtype=torch.int64), Moments(), None
     for shard, z, own, rows in _visits(store, e, layer, kind):
         if total is None: total = torch.zeros(len(e.names)*4, z.shape[1])
@@ -143,7 +142,7 @@ def effective_count(
     "Effective number of stimuli per side: the harmonic mean of positives and negatives."
     return 2/(1/count.sum(2)).sum(1)
 
-# %% ../nbs/04_dictionary.ipynb #16124e40
+# %% ../nbs/04_dictionary.ipynb #1d80b9d5
 def auc(
     score: np.ndarray,   # float `[e]`
     positive: np.ndarray # bool `[e]`
@@ -152,6 +151,7 @@ def auc(
     p, n = int(positive.sum()), int((~positive).sum())
     return (rankdata(score)[positive].sum() - p*(p + 1)/2)/(p*n) if p*n else float('nan')
 
+# %% ../nbs/04_dictionary.ipynb #21f6afe3
 def separation(
     store: ActivationStore,    # activations of the stimuli
     e: Edges,                  # stimuli, halved
@@ -177,7 +177,7 @@ def _auc_by_half(e, score):
         if m: area[e.concept[g[0]]] += m*auc(score[g], e.positive[g]); couples[e.concept[g[0]]] += m
     return torch.from_numpy(np.divide(area, couples, out=np.full(len(area), np.nan), where=couples > 0)).float()
 
-# %% ../nbs/04_dictionary.ipynb #864a3485
+# %% ../nbs/04_dictionary.ipynb #b44725a7
 @dataclass
 class Behaviour:
     "Average states of a layer while the model behaves one way, and while it behaves another; see `read_behaviour`."
@@ -188,7 +188,7 @@ class Behaviour:
     @property
     def direction(self) -> torch.Tensor: "From the one to the other, raw `[d]`."; return self.shown - self.instead
 
-# %% ../nbs/04_dictionary.ipynb #e64d7ad8
+# %% ../nbs/04_dictionary.ipynb #40ebaced
 @dataclass
 class ConceptDictionary:
     "Named directions of one layer, on activations standardised per dimension."
@@ -204,18 +204,26 @@ class ConceptDictionary:
 
     def __len__(self): return len(self.names)
 
-    def __post_init__(self):
-        n = len(self.names)
-        for k in ('separation', 'support'):
-            if getattr(self, k) is None: setattr(self, k, torch.full((n,), torch.nan))
-        for k in ROWS:
-            if len(getattr(self, k)) != n: raise ValueError(f'{n} names but {len(getattr(self, k))} rows of {k}: give one per name')
-        if not len(self.mean) == len(self.std) == self.vectors.shape[1]: raise ValueError(f'Vectors of width {self.vectors.shape[1]}, standardisation of width {len(self.mean)} and {len(self.std)}: they must agree')
-        if len(bad := (~self.vectors.isfinite()).any(1).nonzero()): raise ValueError(f'The vector of {self.names[bad[0]]!r} is NaN or infinite: read it again from finite activations')
+    def __post_init__(self): self._check()
 
+# %% ../nbs/04_dictionary.ipynb #bff2d453
 ROWS = ('vectors', 'quality', 'separation', 'support') # what a dictionary holds per concept
 
-# %% ../nbs/04_dictionary.ipynb #6abf7ee5
+@patch
+def _check(self:ConceptDictionary):
+    "Fill in what was not measured; ValueError for rows, names or widths that don't fit, and for a vector that is not finite."
+    n = len(self.names)
+    for k in ('separation', 'support'):
+        if getattr(self, k) is None: setattr(self, k, torch.full((n,), torch.nan))
+    for k in ROWS:
+        if len(getattr(self, k)) != n: raise ValueError(f'{n} names but {len(getattr(self, k))} rows of {k}: give one per name')
+    if not len(self.mean) == len(self.std) == self.vectors.shape[1]:
+        raise ValueError(f'Vectors of width {self.vectors.shape[1]}, standardisation of width {len(self.mean)} and {len(self.std)}: they must agree')
+    if len(bad := (~self.vectors.isfinite()).any(1).nonzero()): raise ValueError(f'The vector of {self.names[bad[0]]!r} is NaN or infinite: read it again from finite activations')
+
+
+
+# %% ../nbs/04_dictionary.ipynb #e6f0c6b9
 @patch
 def standardise(self:ConceptDictionary,
     z: torch.Tensor # `[..., d]` raw activations
@@ -246,7 +254,7 @@ def row(self:ConceptDictionary,
     if name in self.names: return self.names.index(name)
     raise KeyError(f'No concept {name!r}; perhaps {difflib.get_close_matches(str(name), self.names, 3, .5)}')
 
-# %% ../nbs/04_dictionary.ipynb #bb48a33d
+# %% ../nbs/04_dictionary.ipynb #470093be
 @patch
 def nearest(self:ConceptDictionary,
     vector: torch.Tensor, # `[d]` standardised direction
@@ -257,7 +265,7 @@ def nearest(self:ConceptDictionary,
     best = cos.topk(min(k, len(self)))
     return [(self.names[i], v) for i, v in zip(best.indices.tolist(), best.values.tolist())]
 
-# %% ../nbs/04_dictionary.ipynb #06b881fa
+# %% ../nbs/04_dictionary.ipynb #7cc7af1c
 @patch
 def weak(self:ConceptDictionary,
     cosine: float = .3, # least split-half cosine
@@ -268,7 +276,7 @@ def weak(self:ConceptDictionary,
     bad = (self.quality < cosine) | (self.separation < auc) | (tried & (self.quality.isnan() | self.separation.isnan()))
     return [n for n, b in zip(self.names, bad.tolist()) if b]
 
-# %% ../nbs/04_dictionary.ipynb #81f4d8ba
+# %% ../nbs/04_dictionary.ipynb #193ffd70
 def _read(store, stimuli, layer, kind, seed, mean=None, std=None):
     "A dictionary of the concepts in `stimuli`; standardised by the store's own statistics, or by those given."
     e = halved(_known(edges(stimuli), store), seed)
@@ -292,7 +300,7 @@ def from_activations(
 
 ConceptDictionary.from_activations = staticmethod(from_activations)
 
-# %% ../nbs/04_dictionary.ipynb #199ae408
+# %% ../nbs/04_dictionary.ipynb #1c838a26
 def _packed(vectors, dtype):
     "Vectors as they go to disk; with int8, a scale per row beside them."
     if dtype != torch.int8: return dict(vectors=vectors.to(dtype))
@@ -312,7 +320,7 @@ def save_dictionary(
         save_file({k: v.contiguous() for k, v in tensors.items()}, tmp/'dictionary.safetensors')
         (tmp/'dictionary.json').write_text(json.dumps(dict(names=D.names, layer=D.layer, behaviours={k: b.layer for k, b in D.behaviours.items()}), ensure_ascii=False), encoding='utf-8')
 
-# %% ../nbs/04_dictionary.ipynb #05c31191
+# %% ../nbs/04_dictionary.ipynb #0d6333f3
 def load_dictionary(
     folder=ASSETS/'kit'/'dictionary' # made by `save_dictionary`; by default the demo model's
 ) -> ConceptDictionary:
@@ -325,7 +333,7 @@ def load_dictionary(
     vectors = t['vectors'].float()*t['scale'][:, None] if 'scale' in t else t['vectors'].float()
     return ConceptDictionary(info['names'], vectors, t['mean'], t['std'], info['layer'], t['quality'], behaviours, t.get('separation'), t.get('support'))
 
-# %% ../nbs/04_dictionary.ipynb #7493c1d8
+# %% ../nbs/04_dictionary.ipynb #c77c6e18
 @patch
 def select(self:ConceptDictionary,
     names: list[str] # concepts of the dictionary, each once
@@ -347,7 +355,7 @@ def under(self:ConceptDictionary,
     words = {w for c in concepts for w in (c.name, *c.hypernyms)}
     raise ValueError(f'No concept of this dictionary is a kind of {above!r}; near words: {difflib.get_close_matches(above, words, 3, .5)}')
 
-# %% ../nbs/04_dictionary.ipynb #2921c4c5
+# %% ../nbs/04_dictionary.ipynb #24c1f8f1
 @patch
 def merge(self:ConceptDictionary,
     other: ConceptDictionary # of the same layer and standardisation
@@ -373,7 +381,7 @@ def add(self:ConceptDictionary,
     "The dictionary with more concepts, standardised as it is; the other rows stay as they are."
     return self.merge(_read(store, stimuli, self.layer, kind, seed, self.mean, self.std))
 
-# %% ../nbs/04_dictionary.ipynb #85d35758
+# %% ../nbs/04_dictionary.ipynb #46e970cf
 DECLINE = ("I'm sorry, but I can't help with that.", "I'm sorry, I can't assist with that request.", "I cannot help with this.",
            "Sorry, I can't help you with that because it could be harmful.", "I'm not able to help with that.", "I won't help with that, since it isn't safe.")
 COMPLY = ('Sure, here is how to do it.', 'Of course! Let me explain it step by step.', 'Here are the steps you need.',
@@ -400,7 +408,7 @@ def read_behaviour(
         means.append(mllm.read(batch, [layer])[layer][at].mean(0))
     return Behaviour(layer, *means)
 
-# %% ../nbs/04_dictionary.ipynb #96eaad0c
+# %% ../nbs/04_dictionary.ipynb #50e015c8
 def with_behaviours(
     D: ConceptDictionary, # with `behaviours` of its own layer
     names: list[str]      # which of them to append
@@ -412,7 +420,7 @@ def with_behaviours(
     return replace(D, names=D.names + list(names), vectors=torch.cat([D.vectors, *(r[None] for r in rows)]),
                    **{k: torch.cat([getattr(D, k), torch.full((len(rows),), torch.nan)]) for k in ROWS[1:]})
 
-# %% ../nbs/04_dictionary.ipynb #bf16abb4
+# %% ../nbs/04_dictionary.ipynb #a9a10a8b
 class ChatCorpus:
     "Chats about harmless scenes: item `i` is (picture, question, answer), always the same for the same seed."
     def __init__(self,
