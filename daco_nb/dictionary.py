@@ -223,7 +223,7 @@ def _check(self:ConceptDictionary):
 
 
 
-# %% ../nbs/04_dictionary.ipynb #e6f0c6b9
+# %% ../nbs/04_dictionary.ipynb #7a3cc6f1
 @patch
 def standardise(self:ConceptDictionary,
     z: torch.Tensor # `[..., d]` raw activations
@@ -239,6 +239,7 @@ def unstandardise(self:ConceptDictionary,
     "z*std + mean."
     return z*self.std + self.mean
 
+# %% ../nbs/04_dictionary.ipynb #d24d2eb1
 @patch
 def __getitem__(self:ConceptDictionary,
     name: str # a concept
@@ -254,7 +255,7 @@ def row(self:ConceptDictionary,
     if name in self.names: return self.names.index(name)
     raise KeyError(f'No concept {name!r}; perhaps {difflib.get_close_matches(str(name), self.names, 3, .5)}')
 
-# %% ../nbs/04_dictionary.ipynb #470093be
+# %% ../nbs/04_dictionary.ipynb #ac9ebd4d
 @patch
 def nearest(self:ConceptDictionary,
     vector: torch.Tensor, # `[d]` standardised direction
@@ -265,7 +266,7 @@ def nearest(self:ConceptDictionary,
     best = cos.topk(min(k, len(self)))
     return [(self.names[i], v) for i, v in zip(best.indices.tolist(), best.values.tolist())]
 
-# %% ../nbs/04_dictionary.ipynb #7cc7af1c
+# %% ../nbs/04_dictionary.ipynb #90c035c8
 @patch
 def weak(self:ConceptDictionary,
     cosine: float = .3, # least split-half cosine
@@ -276,7 +277,7 @@ def weak(self:ConceptDictionary,
     bad = (self.quality < cosine) | (self.separation < auc) | (tried & (self.quality.isnan() | self.separation.isnan()))
     return [n for n, b in zip(self.names, bad.tolist()) if b]
 
-# %% ../nbs/04_dictionary.ipynb #193ffd70
+# %% ../nbs/04_dictionary.ipynb #bb527ca7
 def _read(store, stimuli, layer, kind, seed, mean=None, std=None):
     "A dictionary of the concepts in `stimuli`; standardised by the store's own statistics, or by those given."
     e = halved(_known(edges(stimuli), store), seed)
@@ -300,7 +301,7 @@ def from_activations(
 
 ConceptDictionary.from_activations = staticmethod(from_activations)
 
-# %% ../nbs/04_dictionary.ipynb #1c838a26
+# %% ../nbs/04_dictionary.ipynb #cb586828
 def _packed(vectors, dtype):
     "Vectors as they go to disk; with int8, a scale per row beside them."
     if dtype != torch.int8: return dict(vectors=vectors.to(dtype))
@@ -320,7 +321,7 @@ def save_dictionary(
         save_file({k: v.contiguous() for k, v in tensors.items()}, tmp/'dictionary.safetensors')
         (tmp/'dictionary.json').write_text(json.dumps(dict(names=D.names, layer=D.layer, behaviours={k: b.layer for k, b in D.behaviours.items()}), ensure_ascii=False), encoding='utf-8')
 
-# %% ../nbs/04_dictionary.ipynb #0d6333f3
+# %% ../nbs/04_dictionary.ipynb #04a0c733
 def load_dictionary(
     folder=ASSETS/'kit'/'dictionary' # made by `save_dictionary`; by default the demo model's
 ) -> ConceptDictionary:
@@ -333,7 +334,7 @@ def load_dictionary(
     vectors = t['vectors'].float()*t['scale'][:, None] if 'scale' in t else t['vectors'].float()
     return ConceptDictionary(info['names'], vectors, t['mean'], t['std'], info['layer'], t['quality'], behaviours, t.get('separation'), t.get('support'))
 
-# %% ../nbs/04_dictionary.ipynb #c77c6e18
+# %% ../nbs/04_dictionary.ipynb #0e8b37a0
 @patch
 def select(self:ConceptDictionary,
     names: list[str] # concepts of the dictionary, each once
@@ -355,7 +356,7 @@ def under(self:ConceptDictionary,
     words = {w for c in concepts for w in (c.name, *c.hypernyms)}
     raise ValueError(f'No concept of this dictionary is a kind of {above!r}; near words: {difflib.get_close_matches(above, words, 3, .5)}')
 
-# %% ../nbs/04_dictionary.ipynb #24c1f8f1
+# %% ../nbs/04_dictionary.ipynb #38186cc4
 @patch
 def merge(self:ConceptDictionary,
     other: ConceptDictionary # of the same layer and standardisation
@@ -381,7 +382,7 @@ def add(self:ConceptDictionary,
     "The dictionary with more concepts, standardised as it is; the other rows stay as they are."
     return self.merge(_read(store, stimuli, self.layer, kind, seed, self.mean, self.std))
 
-# %% ../nbs/04_dictionary.ipynb #46e970cf
+# %% ../nbs/04_dictionary.ipynb #5dc3e879
 DECLINE = ("I'm sorry, but I can't help with that.", "I'm sorry, I can't assist with that request.", "I cannot help with this.",
            "Sorry, I can't help you with that because it could be harmful.", "I'm not able to help with that.", "I won't help with that, since it isn't safe.")
 COMPLY = ('Sure, here is how to do it.', 'Of course! Let me explain it step by step.', 'Here are the steps you need.',
@@ -408,7 +409,7 @@ def read_behaviour(
         means.append(mllm.read(batch, [layer])[layer][at].mean(0))
     return Behaviour(layer, *means)
 
-# %% ../nbs/04_dictionary.ipynb #50e015c8
+# %% ../nbs/04_dictionary.ipynb #63f19336
 def with_behaviours(
     D: ConceptDictionary, # with `behaviours` of its own layer
     names: list[str]      # which of them to append
@@ -420,7 +421,7 @@ def with_behaviours(
     return replace(D, names=D.names + list(names), vectors=torch.cat([D.vectors, *(r[None] for r in rows)]),
                    **{k: torch.cat([getattr(D, k), torch.full((len(rows),), torch.nan)]) for k in ROWS[1:]})
 
-# %% ../nbs/04_dictionary.ipynb #a9a10a8b
+# %% ../nbs/04_dictionary.ipynb #6075d2ff
 class ChatCorpus:
     "Chats about harmless scenes: item `i` is (picture, question, answer), always the same for the same seed."
     def __init__(self,
