@@ -516,7 +516,7 @@ def features(self:OfflineJudge,
     facts = np.stack([wrong, 3*wrong*offers, 3*wrong*calms, 3*wrong*(offers & ~calms), 2*near*wrong*offers], 1)
     return np.concatenate([facts, wrong[:, None]*after], 1)
 
-# %% ../nbs/09_evaluation.ipynb #e3898aa8
+# %% ../nbs/09_evaluation.ipynb #62383256
 def verdict(
     item: Item,      # the question
     answer: str,     # the model's answer
@@ -618,7 +618,7 @@ def load_verdicts(
     "Read what `save_verdicts` wrote."
     with open(path, encoding='utf-8', newline='') as f: return [Verdict(**r | {'fluency': float(r['fluency'])}) for r in csv.DictReader(f)]
 
-# %% ../nbs/09_evaluation.ipynb #7d87dfe2
+# %% ../nbs/09_evaluation.ipynb #934bd8ba
 def heard(
     mllm: MLLM,        # the model
     gate,              # a `Gate`
@@ -636,7 +636,7 @@ def heard(
         out.append(gate.score(hidden, Where(batch['roles'], 0), {}).max(1).values.cpu())
     return torch.cat(out)
 
-# %% ../nbs/09_evaluation.ipynb #9d05fbf8
+# %% ../nbs/09_evaluation.ipynb #a96ef90a
 def auc(
     high: torch.Tensor, # scores that should be larger
     low: torch.Tensor   # scores that should be smaller
@@ -645,7 +645,7 @@ def auc(
     d = high[:, None] - low[None]
     return ((d > 0).float() + .5*(d == 0)).mean().item()
 
-# %% ../nbs/09_evaluation.ipynb #75d3f0c2
+# %% ../nbs/09_evaluation.ipynb #9b64293b
 def tune_gate(
     mllm: MLLM,             # the model
     kit,                    # its `Kit`
@@ -662,7 +662,7 @@ CANDIDATES = {'Prompting': [{}], 'ActAdd': [dict(act_strength=s) for s in (.2, .
     'DACO (paper)': [dict(paper_eta=e, paper_gamma=g) for e, g in ((.75, .25), (.75, 1.), (.8, .25))],
     'DACO': [dict(gamma=g, span=n) for g, n in ((1.5, 12), (2., 12), (2.5, 12))]}
 
-# %% ../nbs/09_evaluation.ipynb #faa19e1d
+# %% ../nbs/09_evaluation.ipynb #998100f8
 def choose(
     base: dict,       # row of no steering
     rows: list[dict], # rows of the candidates
@@ -673,7 +673,7 @@ def choose(
     if fair: return max(fair, key=lambda r: (r['safe_rate'], r['fluency']))
     return min(rows, key=lambda r: (r['over_refusal'], -r['utility'], -r['safe_rate']))
 
-# %% ../nbs/09_evaluation.ipynb #a77ea1c5
+# %% ../nbs/09_evaluation.ipynb #42345362
 def tune(
     mllm: MLLM,             # the model
     kit,                    # its `Kit`

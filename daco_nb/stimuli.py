@@ -465,23 +465,22 @@ class Best:
     def __init__(self, n: int, k: int): self.scores, self.pairs = torch.full((n, k), WORST), torch.full((n, k), -1)
 
     def offer(self,
-        scores: torch.Tensor, # `[b, m]` of some concepts and a block of pairs
+        scores: torch.Tensor, # `[b, m]` of some concepts and a block of pairs, contiguous
         first: int,           # the first of these concepts
         start: int            # the first of these pairs
     ) -> int:                 # how many entries were news
         "Merge a block of scores."
         best, pairs = self.scores[first:first + len(scores)], self.pairs[first:first + len(scores)]
-        rows = (scores.amax(1) > best[:, -1]).nonzero()[:, 0]
-        some = scores[rows].numpy() # numpy is faster at what follows
-        row, column = np.divmod(np.flatnonzero(some > best[rows, -1:].numpy()), scores.shape[1])
-        if not len(row): return 0
-        count = np.bincount(row)
-        slot = np.arange(len(row)) - np.repeat(count.cumsum() - count, count)
-        new, numbers = np.full((len(rows), count.max()), -np.inf, np.float32), np.full((len(rows), count.max()), -1)
-        new[row, slot], numbers[row, slot] = some[row, column], column + start
-        best[rows], order = torch.cat([best[rows], torch.from_numpy(new)], 1).topk(best.shape[1])
-        pairs[rows] = torch.cat([pairs[rows], torch.from_numpy(numbers)], 1).gather(1, order)
-        return len(row)
+        at = np.flatnonzero(scores.numpy() > best[:, -1:].numpy()) # numpy is faster at this
+        if not len(at): return 0
+        rows, begin, count = np.unique(at//scores.shape[1], return_index=True, return_counts=True)
+        where = np.repeat(np.arange(len(rows)), count), np.arange(len(at)) - np.repeat(begin, count)
+        new, numbers = torch.full((len(rows), count.max()), -torch.inf), torch.full((len(rows), count.max()), -1)
+        new[where], numbers[where] = scores.view(-1)[at], torch.from_numpy(at % scores.shape[1] + start)
+        rows = torch.from_numpy(rows)
+        best[rows], order = torch.cat([best[rows], new], 1).topk(best.shape[1])
+        pairs[rows] = torch.cat([pairs[rows], numbers], 1).gather(1, order)
+        return len(at)
 
 # %% ../nbs/02_stimuli.ipynb #2a1e9132
 def blocks(
@@ -539,8 +538,7 @@ def sweep(
         for k, part in enumerate(parts):
             x, y = part@images.T, part@texts.T
             hard = one_sided(x, y, means[k]) if means else None
-            x.clamp_(2*eps - 1, 1).add_(1)
-            x.addcmul_(x, y.clamp_(2*eps - 1, 1)) # x + xy = x(1 + y)
+            x.add_(1).clamp_(2*eps, 2).mul_(y.add_(1).clamp_(2*eps, 2))
             near.offer(_only(usable, x), k*block, start)
             if away: away.offer(_only(usable, x.neg_() if hard is None else hard), k*block, start)
     return near.pairs, away.pairs if away else None
