@@ -80,7 +80,7 @@ def test_command(tmp_path, monkeypatch, capsys):
     assert "skipped" in capsys.readouterr().out and not list(tmp_path.glob("*.part"))
     with pytest.raises(SystemExit):
         bm.main(["speed"])
-    with pytest.raises(ValueError, match="choose from extraction"):
+    with pytest.raises(ValueError, match="choose from retrieval, extraction"):
         bm.benchmark("speed")
 
 

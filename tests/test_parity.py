@@ -48,7 +48,7 @@ def make(mllm):
     l1 = SAE.from_dictionary(D, architecture="l1").eval().requires_grad_(False)
     push = Behaviour(LAYER + 1, 9*torch.randn(D_MODEL, generator=g), torch.zeros(D_MODEL))
     gate = Gate(Probe(1, torch.randn(D_MODEL, generator=g), 0.), -1e6)
-    return {"Prompting": Prompting(), "ActAdd": ActAdd(4*torch.randn(D_MODEL, generator=g), LAYER), "MOP": MOP(D, label == -1, 12),
+    return {"Prompting": Prompting(), "ActAdd": ActAdd(15*torch.randn(D_MODEL, generator=g), LAYER), "MOP": MOP(D, label == -1, 12),
             "DACO (paper)": DACO(sae, label, D, 2.), "DACO": DACO(sae, label.clamp(max=0), D, 1.5, gate, push, 3),
             "L1": DACO(l1, label, D, 2., only_active=True), "two layers": DACO(sae, label, D, 2., behaviour=push, span=99)}
 
