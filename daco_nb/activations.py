@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 
 from .demo import sha256_of
 from .mllm import IMAGE, LAST, MLLM, ROLES, TEXT, as_picture
+from .stimuli import write_whole
 
 # %% ../nbs/03_activations.ipynb #698effde
 def summarise(
@@ -290,22 +291,11 @@ def _shard(mllm, pairs, corpus, layers, generator, batch_size, per_row, max_toke
     return tensors | {'pairs': torch.tensor(read, dtype=torch.int64)}, notes | {'read': len(read)}
 
 # %% ../nbs/03_activations.ipynb #ab6c2f00
-def _save(path, data, rank=0):
-    "Write bytes under a temporary name, flush, rename; OSError with the remedy if the disk refuses."
-    part = path.with_name(f'.{path.name}.{rank}.part')
-    try:
-        with open(part, 'wb') as f: f.write(data); f.flush(); os.fsync(f.fileno())
-        os.replace(part, path)
-    except OSError as e:
-        part.unlink(missing_ok=True)
-        raise OSError(e.errno, f'Could not write {path.name} ({e.strerror}): free some space, or see whether another process writes here, '
-                               'and run extract(...) again; finished shards are kept') from e
-
 def _write(folder, name, tensors, record, rank):
     "Add a shard, then its record. The checksum is that of the bytes in memory, not of what the disk made of them."
     data = save({k: v.contiguous() for k, v in tensors.items()})
-    _save(folder/name, data, rank)
-    _save((folder/name).with_suffix('.json'), json.dumps({'sha256': hashlib.sha256(data).hexdigest()} | record).encode(), rank)
+    write_whole(folder/name, data, rank)
+    write_whole((folder/name).with_suffix('.json'), json.dumps({'sha256': hashlib.sha256(data).hexdigest()} | record).encode(), rank)
 
 # %% ../nbs/03_activations.ipynb #d34eea2b
 def _merge(folder, settings, rank=0):
@@ -317,14 +307,14 @@ def _merge(folder, settings, rank=0):
         counts['skipped'] = sum(len(r['skipped']) for r in records.values())
         text = json.dumps(settings | dict(counts=counts, shards={k: r['sha256'] for k, r in records.items()}), indent=1)
         if path.exists() and path.read_text(encoding='utf-8') == text: return counts
-        _save(path, text.encode(), rank)
+        write_whole(path, text.encode(), rank)
 
 def _open(folder, settings, rank):
     "Make a new store, or see that one with shards has the same settings."
     folder.mkdir(parents=True, exist_ok=True)
     old = {k: v for k, v in _manifest(folder).items() if k != 'counts'} if (folder/'manifest.json').exists() else {'shards': {}}
     begun = {r.get('of') for r in _records(folder).values()}
-    if not old.pop('shards') and begun <= {settings['of']}: return _save(folder/'manifest.json', json.dumps(settings | {'shards': {}}).encode(), rank)
+    if not old.pop('shards') and begun <= {settings['of']}: return write_whole(folder/'manifest.json', json.dumps(settings | {'shards': {}}).encode(), rank)
     if old != settings:
         other = {k: old.get(k) for k in sorted(old | settings) if old.get(k) != settings.get(k)}
         raise ValueError(f'{folder} holds a store with other settings ({other}): choose another folder or delete it')

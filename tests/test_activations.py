@@ -189,7 +189,7 @@ def test_full_disk(tmp_path, whole):
     "/dev/full refuses every byte, as a full disk does."
     folder = tmp_path/'s'; folder.mkdir()
     (folder/'.shard-00003.safetensors.0.part').symlink_to('/dev/full')
-    with pytest.raises(OSError, match='No space left.*free some space.*finished shards are kept') as e: make(folder)
+    with pytest.raises(OSError, match="Could not write shard-00003.safetensors .*make room and run again") as e: make(folder)
     assert e.value.errno == 28 and not list(folder.glob('.*.part'))
     assert [*bits(folder).values()] == [*bits(whole.folder).values()][:3] and len(ActivationStore(folder)) == 3
     mllm = Fake(); make(folder, mllm=mllm)

@@ -346,7 +346,7 @@ def test_kill_9_then_resume(tmp_path):
 
 
 def test_leftover_of_a_kill_is_overwritten(tmp_path):
-    write(tmp_path/'.pairs-00000000.safetensors.part', 'half a shard')
+    write(tmp_path/'.pairs-00000000.safetensors.0.part', 'half a shard')
     S.embed_corpus(pairs(5), Encoder(), tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ['pairs-00000000.safetensors']
 
