@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ALWAYS', 'PAD', 'TEMPLATE', 'TEXT', 'IMAGE', 'LAST', 'ANSWER', 'SENTENCES', 'NotYet', 'require', 'describe', 'same',
-           'call', 'where', 'looks_like', 'factor', 'diagnose', 'examine', 'check_pick', 'check_verified',
+           'given', 'where', 'call', 'looks_like', 'factor', 'diagnose', 'examine', 'check_pick', 'check_verified',
            'check_nearest', 'check_outputs', 'check_words_only', 'Word', 'check_under', 'check_commonest',
            'check_geometric_distance', 'check_hard_negatives', 'check_caption_mean', 'handed_out', 'running',
            'check_stream', 'check_concept_vector', 'check_split_half', 'check_soft_threshold', 'check_omp_step',
@@ -40,7 +40,7 @@ def describe(
     if isinstance(x, torch.Tensor):
         shape = 'no dimensions' if x.ndim == 0 else f'shape {tuple(x.shape)}'
         return f'a tensor of {shape}' + (f', {[round(v, 3) for v in x.detach().double().flatten().tolist()]}' if x.numel() <= 8 else '')
-    if isinstance(x, (bool, int, str)): return f'the {type(x).__name__} {x!r}'
+    if isinstance(x, (bool, int, str, bytes)): return f'the {type(x).__name__} {x!r}'
     if isinstance(x, float): return f'the number {x:.4g}'
     if isinstance(x, (list, tuple, dict, set)):
         return f'a {type(x).__name__} of {len(x)}: {", ".join(describe(v) for v in list(x)[:4])}{", …" if len(x) > 4 else ""}'
@@ -67,6 +67,22 @@ def same(
     return got is want or type(got) is type(want) and got == want
 
 # %% ../nbs/15_checks.ipynb #9758ab9a
+def given(
+    args: tuple # of a call
+) -> str:
+    "The arguments of a call in words, cut where they are long."
+    text = ', '.join(map(describe, args))
+    return text if len(text) <= 240 else text[:240] + ' …'
+
+def where(
+    error: Exception # what a student's function raised
+) -> str:
+    "The last line of a traceback, and the line of the student's function that led there."
+    last = ''.join(traceback.format_exception_only(error)).strip().split('\n')[-1]
+    steps = traceback.extract_tb(error.__traceback__)[1:2]
+    return last.rstrip('.') + ''.join(f' (line {s.lineno}' + f': `{s.line}`'*(0 < len(s.line or '') <= 100) + ')' for s in steps)
+
+# %% ../nbs/15_checks.ipynb #1417b95f
 def call(
     answer, # a student's function
     *args   # what to call it with
@@ -76,19 +92,11 @@ def call(
     before = [copy.deepcopy(a) if isinstance(a, (torch.Tensor, list, dict)) else a for a in args]
     try: got = answer(*args)
     except NotYet: raise
-    except Exception as e: raise NotYet(f'Your function raised {where(e)}') from e
+    except Exception as e: raise NotYet(f'Your function raised {where(e)}. It was given {given(args)}.') from e
     for i, (a, b) in enumerate(zip(args, before)):
         require(same(a, b), f'Your function changed argument {i + 1} in place, and whoever called it still needs it: work on a copy, or compute a new tensor.')
     require(got is not None, 'Your function gave None: is there a `return`?')
     return got
-
-def where(
-    error: Exception # what a student's function raised
-) -> str:
-    "The last line of a traceback, and the line of the student's function that led there."
-    last = ''.join(traceback.format_exception_only(error)).strip().split('\n')[-1]
-    steps = traceback.extract_tb(error.__traceback__)[1:2]
-    return last + ''.join(f' (line {s.lineno}: `{s.line}`)' if s.line else f' (line {s.lineno})' for s in steps)
 
 # %% ../nbs/15_checks.ipynb #deb0db26
 ALWAYS = { # message -> what the mistake makes of the right result
@@ -133,11 +141,12 @@ def diagnose(
     for why, mistake in ALWAYS.items():
         if looks_like(mistake, (want,), got): return why
     if f := factor(got, want): return f'Right up to a factor: your numbers are {f:.3g} times the right ones. Did you divide by the count, or by the norm?'
-    expected = f'Expected {describe(want)}, got {describe(got)}'
+    if type(got).__module__ == 'torch.return_types': return f'That holds values and indices, {describe(got)}: take .values or .indices.'
+    expected = f'Given {given(args)}: expected {describe(want)}, got {describe(got)}'
     if isinstance(want, torch.Tensor):
         if not isinstance(got, torch.Tensor): return f'{expected}.'
-        if got.shape != want.shape: return f'{expected}: the shape differs. Over which dimension did you sum or average?'
-        if got.isnan().any() and not want.isnan().any(): return f'{expected}: some numbers are NaN. A root or logarithm of a negative number gives NaN, and so does 0/0.'
+        if got.shape != want.shape: return f'{expected}. The shape differs: over which dimension did you sum or average?'
+        if got.isnan().any() and not want.isnan().any(): return f'{expected}. Some numbers are NaN: a root or logarithm of a negative number gives NaN, and so does 0/0.'
         return f'{expected}. The largest difference is {(got.double() - want.double()).abs().max():.3g}.'
     return f'{expected}.'
 
