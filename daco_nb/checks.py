@@ -54,6 +54,7 @@ def same(
 ) -> bool:
     "Whether two values agree in kind, shape and numbers."
     if isinstance(want, torch.Tensor):
+        if hasattr(got, '__array_interface__'): got = torch.as_tensor(got) # of numpy
         if not isinstance(got, torch.Tensor) or got.shape != want.shape: return False
         return torch.allclose(got.detach().double(), want.detach().double(), tol, tol, equal_nan=True)
     if isinstance(want, (int, float)) and getattr(got, 'ndim', None) == 0: got = got.item()
@@ -207,12 +208,12 @@ def check_nearest(
     g = torch.Generator().manual_seed(0)
     pictures, texts = torch.randn(6, 4, generator=g), torch.randn(5, 4, generator=g)*torch.tensor([.2, 1., 5., 1., 3.])[:, None]
     cos = lambda p, t: torch.tensor([[sum(a*b for a, b in zip(u, v))/math.hypot(*u)/math.hypot(*v) for v in t.tolist()] for u in p.tolist()])
-    examine(answer, lambda p, t: cos(p, t).argmax(1), [(pictures, texts)], {
-        'That is the largest dot product: long vectors win by their length. Did you divide by the norms?': lambda p, t: (p@t.T).argmax(1),
-        'That is the nearest picture of each text: take the maximum over the texts.': lambda p, t: cos(p, t).argmax(0),
-        'That is the farthest text: a large cosine is near.': lambda p, t: cos(p, t).argmin(1),
-        'That is the nearest in plain distance: compare directions, so divide by the norms first.': lambda p, t: torch.cdist(p, t).argmin(1),
-        'These are the cosines of the nearest texts: their indices are asked for.': lambda p, t: cos(p, t).max(1).values,
+    examine(answer, lambda p, t: cos(p, t).argmax(1).tolist(), [(pictures, texts)], {
+        'That is the largest dot product: long vectors win by their length. Did you divide by the norms?': lambda p, t: (p@t.T).argmax(1).tolist(),
+        'That is the nearest picture of each text: take the maximum over the texts.': lambda p, t: cos(p, t).argmax(0).tolist(),
+        'That is the farthest text: a large cosine is near.': lambda p, t: cos(p, t).argmin(1).tolist(),
+        'That is the nearest in plain distance: compare directions, so divide by the norms first.': lambda p, t: torch.cdist(p, t).argmin(1).tolist(),
+        'These are the cosines of the nearest texts: their indices are asked for.': lambda p, t: cos(p, t).max(1).values.tolist(),
     }, 'That is zero-shot classification, as CLIP does it.')
 
 # %% ../nbs/15_checks.ipynb #aa189918
@@ -646,8 +647,7 @@ def check_adding(
     answer # function (layer, v) -> context manager that adds v to the layer's output
 ):
     "08.3: a hook that always comes off."
-    torch.manual_seed(0)
-    layer, x, v, calls = torch.nn.Linear(3, 3), torch.ones(1, 3), torch.tensor([1., 2., 3.]), []
+    layer, x, v, calls = torch.nn.LayerNorm(3), torch.tensor([[1., 2., 4.]]), torch.tensor([1., 2., 3.]), []
     layer.register_forward_hook(lambda *a: calls.append(1)) # somebody else's
     before, weights = layer(x).detach(), copy.deepcopy(layer.state_dict())
     out = inside(answer, layer, x, v)

@@ -307,6 +307,7 @@ def test_describe(value, words):
 def test_same():
     "Kinds, shapes and numbers must agree; NaN agrees with NaN."
     assert same(torch.tensor([1., math.nan]), torch.tensor([1., math.nan])) and same(1, 1.) and same(np.float64(1), 1.) and same(torch.tensor(3), 3)
+    assert same(np.array([1., 2.]), torch.tensor([1., 2.])) and same(torch.tensor([1, 2]), [1, 2])
     assert same((1., [2]), (1., [2])) and same({1: torch.zeros(2)}, {1: torch.zeros(2)})
     for got, want in ((1.1, 1.), (True, 1), (None, 0.), (torch.zeros(1), torch.zeros(2)), ([1], [1, 2]), ({1: 2}, {2: 2}), ("a", "b"), (torch.zeros(2), 0.), ([0., 0.], torch.zeros(2))):
         assert not same(got, want), (got, want)
