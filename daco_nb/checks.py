@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['ALWAYS', 'PAD', 'TEMPLATE', 'TEXT', 'IMAGE', 'LAST', 'ANSWER', 'SENTENCES', 'NotYet', 'require', 'describe', 'same',
-           'given', 'where', 'call', 'looks_like', 'factor', 'diagnose', 'examine', 'check_pick', 'check_verified',
-           'check_nearest', 'check_outputs', 'check_words_only', 'Word', 'check_under', 'check_commonest',
-           'check_geometric_distance', 'check_hard_negatives', 'check_caption_mean', 'handed_out', 'running',
-           'check_stream', 'check_concept_vector', 'check_split_half', 'check_soft_threshold', 'check_omp_step',
-           'check_take_out', 'check_fve', 'check_topk', 'check_tangent', 'check_label', 'check_precision_recall',
-           'check_push', 'check_gated', 'inside', 'check_adding', 'check_clustered_error', 'check_kappa',
-           'check_declines']
+           'given', 'where', 'call', 'looks_like', 'explains', 'factor', 'diagnose', 'examine', 'check_pick',
+           'check_verified', 'check_nearest', 'check_outputs', 'check_words_only', 'Word', 'check_under',
+           'check_commonest', 'check_geometric_distance', 'check_hard_negatives', 'check_walk', 'check_caption_mean',
+           'handed_out', 'running', 'check_stream', 'check_concept_vector', 'check_split_half', 'check_separation',
+           'check_soft_threshold', 'check_omp_step', 'check_take_out', 'check_fve', 'check_topk', 'check_tangent',
+           'check_label', 'check_precision_recall', 'check_push', 'check_gated', 'inside', 'check_adding',
+           'check_clustered_error', 'check_kappa', 'check_declines']
 
 # %% ../nbs/15_checks.ipynb #80e3283c
 import contextlib, copy, hashlib, math, traceback, weakref
@@ -117,6 +117,14 @@ def looks_like(
     try: return same(got, mistake(*args))
     except Exception: return False
 
+def explains(
+    mistake,   # function that makes a wrong result, or a tuple of them
+    runs: list # (what an answer gave, what it should have given, arguments) of each call
+) -> bool:
+    "Whether one mistake gives all results."
+    ways = mistake if isinstance(mistake, tuple) else (mistake,)
+    return any(all(looks_like(m, args, got) for got, _, args in runs) for m in ways)
+
 # %% ../nbs/15_checks.ipynb #1cd990f1
 def factor(
     got,  # an answer's result
@@ -134,11 +142,11 @@ def factor(
 def diagnose(
     got, want,         # what an answer gave, and what it should have given
     args: tuple,       # arguments of the call
-    usual: dict        # message -> function of the arguments that makes this mistake
+    usual: dict        # message -> function of the arguments that makes this mistake, or a tuple of such functions
 ) -> str:
     "What went wrong, in words."
     for why, mistake in usual.items():
-        if looks_like(mistake, args, got): return why
+        if explains(mistake, [(got, want, args)]): return why
     for why, mistake in ALWAYS.items():
         if looks_like(mistake, (want,), got): return why
     if f := factor(got, want): return f'Right up to a factor: your numbers are {f:.3g} times the right ones. Did you divide by the count, or by the norm?'
@@ -156,14 +164,14 @@ def examine(
     answer,          # a student's function
     oracle,          # the right one
     cases: list,     # tuples of arguments
-    usual: dict,     # message -> function that makes a usual mistake
+    usual: dict,     # message -> function that makes a usual mistake, or a tuple of such functions
     praise: str      # printed when all is right
 ):
     "Compare an answer with the oracle on every case; NotYet names the mistake that explains all cases, or else the first difference."
     runs = [(call(answer, *args), oracle(*args), args) for args in cases]
     wrong = [run for run in runs if not same(*run[:2])]
     if wrong:
-        explained = [why for why, mistake in usual.items() if all(looks_like(mistake, args, got) for got, _, args in runs)]
+        explained = [why for why, mistake in usual.items() if explains(mistake, runs)]
         raise NotYet(explained[0] if explained else diagnose(*wrong[0], usual))
     print(f'Right. {praise}')
 
@@ -324,6 +332,25 @@ def check_hard_negatives(
         'You ranked by the worse half: rank by the nearer one.': lambda a, b, p, n: ranked(a, b, p, n, True, min),
     }, 'Pairs that look right at first sight teach most.')
 
+# %% ../nbs/15_checks.ipynb #6e544919
+def check_walk(
+    answer # function (blocks, k) -> pair numbers of the k best, best first
+):
+    "02.3: the nearest pairs, block by block."
+    scores = torch.tensor([.1, .7, .3, .2, .9, .85, .6, .4, .5, .05, .8])
+    blocks = list(scores.split(4))
+    def best(row, k, sign=1): return sorted(range(len(row)), key=lambda i: -sign*row[i])[:k]
+    starts = lambda bs: [sum(map(len, bs[:i])) for i in range(len(bs))]
+    examine(lambda bs, k: call(answer, iter(bs), k), lambda bs, k: best(torch.cat(bs).tolist(), k), [(blocks, 3), (blocks, 5)], {
+        'These numbers count from the beginning of each block: add where the block starts.': lambda bs, k: [(i - [s for s in starts(bs) if s <= i][-1]) for i in best(torch.cat(bs).tolist(), k)],
+        'Those are the best of the last block only: merge each block with the best so far.':
+            (lambda bs, k: best(bs[-1].tolist(), k), lambda bs, k: [starts(bs)[-1] + i for i in best(bs[-1].tolist(), k)]),
+        'Those are the best of every block, one block after the other: merge them, and keep k.': lambda bs, k: [s + i for s, b in zip(starts(bs), bs) for i in best(b.tolist(), k)],
+        'Those are the worst: a high score is near.': lambda bs, k: best(torch.cat(bs).tolist(), k, -1),
+        'Those are the scores: the numbers of the pairs are asked for.': lambda bs, k: [scores[i].item() for i in best(torch.cat(bs).tolist(), k)],
+        'You kept one per block, but a block may hold several of the best.': lambda bs, k: best([max(b.tolist()) for b in bs], k) and [starts(bs)[j] + best(bs[j].tolist(), 1)[0] for j in best([max(b.tolist()) for b in bs], k)],
+    }, 'However many pairs there are, you hold one block and k numbers.')
+
 # %% ../nbs/15_checks.ipynb #e6c8c80b
 def check_caption_mean(
     answer # function (hidden [b, t, d], caption [b, t] bool) -> [b, d]
@@ -425,6 +452,23 @@ def check_split_half(
         'Both halves share the same negatives, and so look more alike than they are: split the negatives too.': lambda p, n: cosine(*(x.mean(0) - n.mean(0) for x in cut(p))),
     }, 'Near 1: the vector is about the concept. Near 0: it is about the pictures that happened to come.')
 
+# %% ../nbs/15_checks.ipynb #1d0ec78b
+def check_separation(
+    answer # function (pos [n], neg [m]) -> share of couples in which the positive is higher
+):
+    "04.3: separation."
+    pos, neg = torch.tensor([.9, .4, .4, .7, .2]), torch.tensor([.1, .4, .3, .8])
+    share = lambda f: lambda p, n: mean(float(f(x, y)) for x in p.tolist() for y in n.tolist())
+    examine(answer, share(lambda x, y: 1 if x > y else .5 if x == y else 0), [(pos, neg), (torch.tensor([1., 2.]), torch.tensor([2., 2., 2.]))], {
+        'A tie counts half: here it counts nothing.': share(lambda x, y: x > y),
+        'A tie counts half: here it counts fully.': share(lambda x, y: x >= y),
+        'That is the share of couples in which the negative is higher.': share(lambda x, y: 0 if x > y else .5 if x == y else 1),
+        'You compared row with row: every positive meets every negative.': lambda p, n: (p[:min(len(p), len(n))] > n[:min(len(p), len(n))]).float().mean().item(),
+        'That is the number of couples: divide by how many there are.': lambda p, n: float(sum((x > y) + .5*(x == y) for x in p.tolist() for y in n.tolist())),
+        'That is the difference of the means, which depends on the scale of the scores: count couples.': lambda p, n: (p.mean() - n.mean()).item(),
+        'That is the share of positives above the mean of the negatives: every positive meets every negative.': lambda p, n: (p > n.mean()).float().mean().item(),
+    }, '.5 is chance, 1 is perfect separation.')
+
 # %% ../nbs/15_checks.ipynb #5d47f38c
 def check_soft_threshold(
     answer # function (c, by) -> c
@@ -452,7 +496,7 @@ def check_omp_step(
     def step(z, D, taken, norms=True, absolute=True, residual=left):
         score = [sum(a*b for a, b in zip(row, residual(z, D, taken)))/(math.hypot(*row) if norms else 1) for row in D]
         return taken + [max(range(len(D)), key=lambda i: abs(score[i]) if absolute else score[i])]
-    cases = [(torch.tensor(z), D, taken) for z, taken in (([1., .1, .2], []), ([.1, .3, 1.], []), ([2., 1.1, -.5], [0]), ([2., .8, -.6], [0, 1]))]
+    cases = [(torch.tensor(z), D, taken) for z, taken in (([1., .1, .2], []), ([.1, .3, 1.], []), ([2., 1.1, -.5], [0]), ([-1.8, -3., .7], [0, 1]))]
     examine(answer, step, cases, {
         'A long row won by its length. Did you divide by the norm of each row?': lambda z, D, taken: step(z, D, taken, norms=False),
         'A row may point against the residual: take the largest absolute value.': lambda z, D, taken: step(z, D, taken, absolute=False),
@@ -516,8 +560,7 @@ def check_topk(
         'That is only the ReLU: keep no more than k.': lambda p, k: p.relu(),
         'You took the largest of the whole batch: take the largest k of each row.': lambda p, k: p.relu()*(p >= p.flatten().topk(k).values[-1]),
         'You took the largest k*n of the whole batch, as BatchTopK does: take the largest k of each row.': lambda p, k: p.relu()*(p >= p.flatten().topk(k*len(p)).values[-1]),
-        'Those are the k values alone: put them back where they came from (scatter).': lambda p, k: p.topk(k).values,
-        'Those are the k values alone: put them back where they came from (scatter). ': lambda p, k: p.relu().topk(k).values,
+        'Those are the k values alone: put them back where they came from (scatter).': (lambda p, k: p.topk(k).values, lambda p, k: p.relu().topk(k).values),
         'That says which entries are kept: their values are asked for.': lambda p, k: (oracle(p, k) > 0).float(),
         'You kept one entry too many or too few.': lambda p, k: oracle(p, k + 1),
     }, 'At most k latents fire, and none below zero.')
@@ -545,8 +588,8 @@ def check_label(
     answer # function (atoms [m, d], bad [d], good [d], eta) -> -1, 0 or 1 for each
 ):
     "07.1: labels by centroids."
-    turn = torch.deg2rad(torch.tensor([0., 35., 55., 100., 180., 270.]))
-    atoms = torch.stack([turn.cos(), turn.sin()], 1)*torch.tensor([1., 3., 1., .5, 1., 2.])[:, None]
+    turn = torch.deg2rad(torch.tensor([0., 35., 55., 100., 145., 180., 270.]))
+    atoms = torch.stack([turn.cos(), turn.sin()], 1)*torch.tensor([1., 3., 1., .5, 2., 1., 2.])[:, None]
     bad, good = torch.tensor([.5, .1]), torch.tensor([.1, 2.])
     def rule(atoms, bad, good, eta, norms=True, within=lambda cos, eta: 1 - cos <= eta, both='near'):
         dot = lambda u, v: sum(a*b for a, b in zip(u.tolist(), v.tolist()))/(math.hypot(*u)*math.hypot(*v) if norms else 1)
@@ -648,15 +691,15 @@ def check_adding(
 ):
     "08.3: a hook that always comes off."
     layer, x, v, calls = torch.nn.LayerNorm(3), torch.tensor([[1., 2., 4.]]), torch.tensor([1., 2., 3.]), []
-    layer.register_forward_hook(lambda *a: calls.append(1)) # somebody else's
-    before, weights = layer(x).detach(), copy.deepcopy(layer.state_dict())
+    layer.register_forward_hook(lambda layer, *a: calls.append(layer.bias.tolist())) # somebody else's
+    before = layer(x).detach()
     out = inside(answer, layer, x, v)
+    require(calls == calls[:1]*len(calls), 'Inside the block a weight of the layer was another one: a hook works on the output, never on weights.')
     require(not same(out, before), 'Inside the block nothing changed. Does the hook `return` the new output, and is it registered before the `yield`?')
     require(same(out, before + v), diagnose(out, before + v, (before, v), {'v was added twice.': lambda b, v: b + 2*v, 'The output was replaced: add v to it.': lambda b, v: v.expand_as(b), 'v was subtracted.': lambda b, v: b - v}))
     require(same(layer(x), before), 'After the block the layer is still changed: remove the hook after the `yield`.')
     inside(answer, layer, x, v, fail=True)
     require(same(layer(x), before), 'After an error in the block the layer is still changed: put the removal into `finally`.')
-    require(same(dict(layer.state_dict()), dict(weights)), 'The weights have changed: a hook works on the output, never on weights.')
     n = len(calls); layer(x)
     require(len(calls) == n + 1, "Somebody else's hook is gone: remove your own handle, not all hooks.")
     require(len(layer._forward_hooks) == 1, 'A hook is still registered on the layer, though it no longer acts: remove its handle.')
@@ -675,13 +718,12 @@ def check_clustered_error(
         return math.sqrt(square*(len(groups)/(len(groups) - 1) if small else 1))/len(h)
     spread = lambda xs, less: math.sqrt(sum((x - mean(xs))**2 for x in xs)/(len(xs) - less))
     examine(answer, oracle, [(hits, topics), (hits[::-1], list('abcabcabcab'))], {
-        'That treats answers as independent: those about one topic are alike. Add up the differences within each topic before squaring.': lambda h, t: spread(list(map(float, h)), 0)/math.sqrt(len(h)),
-        'That treats answers as independent: those about one topic are alike. Add up the differences within each topic before you square.': lambda h, t: spread(list(map(float, h)), 1)/math.sqrt(len(h)),
+        'That treats answers as independent: those about one topic are alike. Add up the differences within each topic before squaring.':
+            tuple(lambda h, t, less=less: spread(list(map(float, h)), less)/math.sqrt(len(h)) for less in (0, 1)),
         'The correction k/(k - 1) for a small number of topics is missing.': lambda h, t: oracle(h, t, small=False),
         'That is the error of the mean of topic means: topics with many answers should weigh more.': lambda h, t: spread([mean(g) for g in grouped(h, t)], 1)/math.sqrt(len(set(t))),
         'That is the spread of topic means: an error shrinks with the number of topics.': lambda h, t: spread([mean(g) for g in grouped(h, t)], 1),
         'You divided by the number of topics: divide by the number of answers.': lambda h, t: oracle(h, t)*len(h)/len(set(t)),
-        'You squared each difference before adding up the topic: then they no longer hold together.': lambda h, t: oracle(h, list(range(len(h)))),
         'That is the squared error: take the root.': lambda h, t: oracle(h, t)**2,
         'That is the rate: its standard error is asked for.': lambda h, t: mean(map(float, h)),
     }, 'The interval is now as wide as the topics deserve.')
@@ -691,7 +733,7 @@ def check_kappa(
     answer # function (a, b) -> agreement beyond chance
 ):
     "09.2: Cohen's kappa."
-    a, b = list('hhhhhhhhdddn'), list('hhhhhhhddhnd')
+    a, b = list('hhhhhhhhdddn'), list('hhhhhhhddhdd')
     agree = lambda a, b: mean(float(x == y) for x, y in zip(a, b))
     chance = lambda a, b: sum(a.count(w)*b.count(w) for w in set(a) | set(b))/len(a)**2
     oracle = lambda a, b: (agree(a, b) - chance(a, b))/(1 - chance(a, b))

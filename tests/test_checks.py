@@ -73,7 +73,18 @@ def weighty(layer, v):
     try:
         yield
     finally:
-        layer.bias.data -= v / 2
+        layer.bias.data -= v
+
+
+def twice(layer, v):
+    return unsafe(layer, 2 * v)
+
+
+@contextmanager
+def instead(layer, v):
+    handle = layer.register_forward_hook(lambda m, a, out: v.expand_as(out))
+    yield
+    handle.remove()
 
 
 @contextmanager
@@ -195,6 +206,9 @@ WRONG = {  # checker -> (wrong answer, a word of the diagnosis)
     "check_hard_negatives": [(lambda a, b, p, n: hard(a, b, [], n), "positive came back"), (lambda a, b, p, n: hard(a, b, p, n, False), "both halves"),
                              (lambda a, b, p, n: (a + b).topk(n, largest=False).indices, "farthest"), (lambda a, b, p, n: hard(a, b, p, n, score=torch.add), "nearer half"),
                              (lambda a, b, p, n: hard(a, b, p, n).flip(0), "order")],
+    "check_walk": [(lambda bs, k: [i for _, i in sorted(((s, i) for b in bs for i, s in enumerate(b.tolist())), reverse=True)][:k], "where the block starts"),
+                   (lambda bs, k: list(bs)[-1].topk(min(k, 3)).indices, "last block"), (lambda bs, k: torch.cat(list(bs)).topk(k).values, "scores"),
+                   (lambda bs, k: torch.cat(list(bs)).topk(k).indices.flip(0), "order")],
     "check_caption_mean": [(lambda h, c: h.mean(1), "all tokens"), (lambda h, c: h.masked_fill(~c[..., None], 0).mean(1), "number of caption tokens of each row"),
                            (lambda h, c: h.masked_fill(~c[..., None], 0).sum(1) / c.sum(1, keepdim=True), "0/0"), (lambda h, c: h.mean(0), "rows of the batch"),
                            (lambda h, c: (h * c[..., None]).sum(1) / c.sum(1, keepdim=True).clamp(min=1), "infinity")],
@@ -206,6 +220,8 @@ WRONG = {  # checker -> (wrong answer, a word of the diagnosis)
                          (lambda p, n: (p[::2].mean(0) - n[::2].mean(0)) @ (p[1::2].mean(0) - n[1::2].mean(0)), "norms"),
                          (lambda p, n: torch.cosine_similarity(p[:4].mean(0) - n[:4].mean(0), p[4:].mean(0) - n[4:].mean(0), dim=0), "middle"),
                          (lambda p, n: torch.cosine_similarity(p[::2].mean(0) - n.mean(0), p[1::2].mean(0) - n.mean(0), dim=0), "share the same negatives")],
+    "check_separation": [(lambda p, n: (p[:, None] > n).float().mean(), "counts nothing"), (lambda p, n: (p[:, None] >= n).float().mean(), "counts fully"),
+                         (lambda p, n: (p[:, None] < n).float().mean() + (p[:, None] == n).float().mean() / 2, "negative is higher"), (lambda p, n: p.mean() - n.mean(), "difference of the means")],
     "check_soft_threshold": [(lambda c, by: c * (c.abs() > by), "hard threshold"), (lambda c, by: (c.abs() - by).clamp(min=0), "signs are gone"), (lambda c, by: (c - by).clamp(min=0), "cut off"),
                              (lambda c, by: c - by * c.sign(), "crossed zero")],
     "check_omp_step": [(lambda z, D, t: omp(z, D, t, norms=False), "norm"), (lambda z, D, t: omp(z, D, t, absolute=False), "absolute"), (lambda z, D, t: omp(z, D, t, left=False), "unexplained"),
@@ -227,7 +243,7 @@ WRONG = {  # checker -> (wrong answer, a word of the diagnosis)
                    (lambda h, r, v: torch.cat([h[:, :-1], h[:, -1:] + v], 1), "read along")],
     "check_gated": [(lambda h, s, c, t, v: h + v * ((s * c).sum(1) / c.sum(1) > t)[:, None, None], "maximum"), (lambda h, s, c, t, v: h + v * bool((s[c] > t).any()), "opened all"),
                     (lambda h, s, c, t, v: h + v * (s.amax(1) > t)[:, None, None], "Padding"), (lambda h, s, c, t, v: h + v * ((s > t) & c)[..., None], "only the tokens")],
-    "check_adding": [(unsafe, "finally"), (lasting, "remove the hook after"), (silent, "nothing changed"), (weighty, "After the block"), (sweeping, "Somebody else"), (swallowing, "swallowed"),
+    "check_adding": [(unsafe, "finally"), (lasting, "remove the hook after"), (silent, "nothing changed"), (weighty, "never on weights"), (twice, "added twice"), (instead, "replaced"), (sweeping, "Somebody else"), (swallowing, "swallowed"),
                      (lambda layer, v: layer.register_forward_hook(lambda m, a, out: out + v) and 3, "@contextmanager")],
     "check_clustered_error": [(lambda h, t: spread(h, t), "independent"), (lambda h, t: (np.mean(h) * (1 - np.mean(h)) / len(h)) ** .5, "independent"),
                               (lambda h, t: spread(h, t, groups=True), "topic means"), (lambda h, t: np.mean(h), "rate")],
@@ -334,6 +350,21 @@ def test_a_mistake_must_explain_every_case():
     usual = {"product": lambda a, b: a * b, "power": lambda a, b: a**b}
     with pytest.raises(NotYet, match="power"):
         examine(lambda a, b: a**b, lambda a, b: a + b, [(3, 1), (2, 3)], usual, "")
+
+
+@pytest.mark.parametrize("name", CHECKS)
+def test_every_message_can_be_reached(name, monkeypatch):
+    "Made on purpose, each usual mistake of a checker is refused, and told its own message, not that of another mistake."
+    tables = []
+    monkeypatch.setattr(checks, "examine", lambda *parts: tables.append(parts))
+    _, function, cell = EXERCISES[name]
+    CHECKS[name](run(cell["solution"], name)[function])
+    for _, oracle, cases, usual, _ in tables:
+        for why, mistakes in usual.items():
+            for mistake in mistakes if isinstance(mistakes, tuple) else (mistakes,):
+                with pytest.raises(NotYet) as told:
+                    examine(mistake, oracle, cases, usual, "")
+                assert str(told.value) == why
 
 
 def test_not_yet_in_jupyter():
