@@ -6,11 +6,11 @@
 __all__ = ['ALWAYS', 'PAD', 'TEMPLATE', 'TEXT', 'IMAGE', 'LAST', 'ANSWER', 'SENTENCES', 'NotYet', 'require', 'describe', 'same',
            'given', 'where', 'call', 'looks_like', 'explains', 'factor', 'diagnose', 'examine', 'check_pick',
            'check_verified', 'check_nearest', 'check_outputs', 'check_words_only', 'Word', 'check_under',
-           'check_commonest', 'check_geometric_distance', 'check_hard_negatives', 'check_walk', 'check_caption_mean',
-           'handed_out', 'running', 'check_stream', 'check_concept_vector', 'check_split_half', 'check_separation',
-           'check_soft_threshold', 'check_omp_step', 'check_take_out', 'check_fve', 'check_topk', 'check_tangent',
-           'check_label', 'check_precision_recall', 'check_push', 'check_gated', 'inside', 'check_adding',
-           'check_clustered_error', 'check_kappa', 'check_declines']
+           'check_commonest', 'check_geometric_distance', 'check_hard_negatives', 'handed_out', 'check_walk',
+           'check_caption_mean', 'running', 'check_stream', 'check_concept_vector', 'check_split_half',
+           'check_separation', 'check_soft_threshold', 'check_omp_step', 'check_take_out', 'check_fve', 'check_topk',
+           'check_tangent', 'check_label', 'check_precision_recall', 'check_push', 'check_gated', 'inside',
+           'check_adding', 'check_clustered_error', 'check_kappa', 'check_declines']
 
 # %% ../nbs/15_checks.ipynb #80e3283c
 import contextlib, copy, hashlib, math, traceback, weakref
@@ -332,7 +332,19 @@ def check_hard_negatives(
         'You ranked by the worse half: rank by the nearer one.': lambda a, b, p, n: ranked(a, b, p, n, True, min),
     }, 'Pairs that look right at first sight teach most.')
 
-# %% ../nbs/15_checks.ipynb #6e544919
+# %% ../nbs/15_checks.ipynb #103da870
+def handed_out(
+    parts: list # tensors
+):
+    "Give copies of the parts one by one; NotYet if all of them are kept."
+    alive = []
+    for p in parts:
+        p = p.clone(); alive.append(weakref.ref(p))
+        yield p
+        del p
+        require(sum(r() is not None for r in alive) <= 2, 'Your function keeps the parts in memory: add up what you need of each one, and let it go.')
+
+# %% ../nbs/15_checks.ipynb #0383ec52
 def check_walk(
     answer # function (blocks, k) -> pair numbers of the k best, best first
 ):
@@ -341,7 +353,7 @@ def check_walk(
     blocks = list(scores.split(4))
     def best(row, k, sign=1): return sorted(range(len(row)), key=lambda i: -sign*row[i])[:k]
     starts = lambda bs: [sum(map(len, bs[:i])) for i in range(len(bs))]
-    examine(lambda bs, k: call(answer, iter(bs), k), lambda bs, k: best(torch.cat(bs).tolist(), k), [(blocks, 3), (blocks, 5)], {
+    examine(lambda bs, k: call(answer, handed_out(bs), k), lambda bs, k: best(torch.cat(bs).tolist(), k), [(blocks, 3), (blocks, 5)], {
         'These numbers count from the beginning of each block: add where the block starts.': lambda bs, k: [(i - [s for s in starts(bs) if s <= i][-1]) for i in best(torch.cat(bs).tolist(), k)],
         'Those are the best of the last block only: merge each block with the best so far.':
             (lambda bs, k: best(bs[-1].tolist(), k), lambda bs, k: [starts(bs)[-1] + i for i in best(bs[-1].tolist(), k)]),
@@ -370,18 +382,6 @@ def check_caption_mean(
         'A row without caption tokens gave NaN, which is 0/0: give zeros there.': lambda h, c: h.masked_fill(~c[..., None], 0).sum(1)/c.sum(1, keepdim=True),
         'Padding holds infinity here, and 0 times infinity is NaN: choose with masked_fill or torch.where, do not multiply.': lambda h, c: (h*c[..., None]).sum(1)/c.sum(1, keepdim=True).clamp(min=1),
     }, 'Neither padding nor template leaks into the mean.')
-
-# %% ../nbs/15_checks.ipynb #103da870
-def handed_out(
-    parts: list # tensors
-):
-    "Give copies of the parts one by one; NotYet if all of them are kept."
-    alive = []
-    for p in parts:
-        p = p.clone(); alive.append(weakref.ref(p))
-        yield p
-        del p
-        require(sum(r() is not None for r in alive) <= 2, 'Your function keeps the parts in memory: add up what you need of each one, and let it go.')
 
 # %% ../nbs/15_checks.ipynb #bfb505c3
 def running(
