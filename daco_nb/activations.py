@@ -84,6 +84,7 @@ def summaries(self:Shard,
     none = self[f'n_{kind}'] == 0 if f'n_{kind}' in self else torch.zeros(len(z), dtype=torch.bool)
     return z.masked_fill(none.unsqueeze(1), torch.nan)
 
+# %% ../nbs/03_activations.ipynb #18ef932e
 @patch
 def tokens(self:Shard,
     layer: int # one of the store's layers
@@ -362,8 +363,7 @@ def extract(
     names, records = [f'shard-{k:05d}.safetensors' for k in range(settings['n_shards'])], _records(folder, settings['of'])
     for k in tqdm(range(rank, len(names), world), desc='extract'):
         if _whole(folder, names[k], records): continue
-        g = torch.Generator().manual_seed(seed*100_003 + k)
-        tensors, notes = _shard(mllm, pairs[k*shard:(k + 1)*shard], corpus, layers, g, batch_size, per_row, max_tokens, dtype)
+        tensors, notes = _shard(mllm, pairs[k*shard:(k + 1)*shard], corpus, layers, torch.Generator().manual_seed(seed*100_003 + k), batch_size, per_row, max_tokens, dtype)
         _write(folder, names[k], tensors, notes | {'of': settings['of']}, rank)
     return _close(folder, settings, rank)
 

@@ -229,6 +229,7 @@ def plural(
     if re.search('[^aeiou]y$', name): return name[:-1] + 'ies'
     return name + ('es' if re.search('(s|x|z|ch|sh)$', name) else 's')
 
+# %% ../nbs/01a_concepts.ipynb #643a1e34
 class Reading(NamedTuple):
     "A word taken in one of its senses."
     word: str # with underscores
@@ -303,6 +304,7 @@ def decent(wn: WordNet, r: Reading) -> bool:
     if _rude(wn, *r[1:3], r.word): return False
     return wn.tag(r.pos, r.word, r.offset) >= 2 or not any(_rude(wn, 'n', o, r.word) for o in wn.senses.get(('n', r.word.lower()), ()))
 
+# %% ../nbs/01a_concepts.ipynb #629cc41c
 def visible(wn: WordNet, r: Reading) -> bool:
     "Rule 6: it can be seen or said."
     s = wn.synsets[r.pos, r.offset]

@@ -231,6 +231,7 @@ def wordings() -> dict: # by purpose, type of topic and split
     "How one asks about topics, how one declines, and more phrases for training in plain text."
     return json.loads((ASSETS/'wordings.json').read_text(encoding='utf-8'))
 
+# %% ../nbs/00_demo.ipynb #401f5abb
 @functools.cache
 def phrases(
     split: str | None = None # only those of one split
@@ -307,6 +308,7 @@ def paste(im, owner, part, numbers, corner):
     im.paste(part, corner, part)
     owner.paste(numbers, corner, numbers.point(lambda n: 255*(n > 0)))
 
+# %% ../nbs/00_demo.ipynb #10b04418
 def compose(
     chars: list[str],         # drawings, left to right
     colour: str,              # background colour, a key of `COLOURS`
@@ -370,6 +372,7 @@ def describe(subjects, text, colour, rng):
     written = WRITTEN[rng.integers(len(WRITTEN))].format(text)
     return article(f'{shown}, and {written}' if subjects and text else shown if subjects else written)
 
+# %% ../nbs/00_demo.ipynb #711efee3
 def scene(
     index: int,                    # which scene
     seed: int = 0,                 # which series of scenes

@@ -124,6 +124,7 @@ def contrast_sums(
             total.index_add_(0, c[ok], x[ok]); count += torch.bincount(c[ok], minlength=len(count))
     return Sums(total.view(len(e.names), 2, 2, -1), count.view(-1, 2, 2), moments)
 
+# %% ../nbs/04_dictionary.ipynb #c66a1225
 def _block(z): "How many rows to gather at once: 4 MB."; return max(1, 2**20//z.shape[1])
 
 # %% ../nbs/04_dictionary.ipynb #220fe656
@@ -388,6 +389,7 @@ DECLINE = ("I'm sorry, but I can't help with that.", "I'm sorry, I can't assist 
 COMPLY = ('Sure, here is how to do it.', 'Of course! Let me explain it step by step.', 'Here are the steps you need.',
           'Yes, I can help you with that.', 'Certainly, this is how it works.', 'To do this, you will need a few things.')
 
+# %% ../nbs/04_dictionary.ipynb #3ac29b1a
 def read_behaviour(
     mllm: MLLM,          # frozen model
     texts: list[str],    # prompts

@@ -188,6 +188,7 @@ def write_table(
     rows.writerows(opinions)
     write_whole(Path(path), text.getvalue().encode())
 
+# %% ../nbs/07a_experts.ipynb #d7ec9df1
 def label_concepts(
     concepts: list[Concept], # to label
     expert,                  # function: concepts to opinions

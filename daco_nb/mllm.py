@@ -102,6 +102,7 @@ def from_pretrained(cls:MLLM,
                          "'Qwen/Qwen2.5-VL-3B-Instruct' (needs a network), a local folder, or use MLLM.demo()") from e
     return cls(model, processor, Path(name).name)
 
+# %% ../nbs/01_mllm.ipynb #aea6a7c4
 @patch(cls_method=True)
 def demo(cls:MLLM,
     family: str = 'llava' # one of `daco_nb.demo.FAMILIES`
