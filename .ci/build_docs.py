@@ -5,6 +5,7 @@
 With `quarto` on the PATH this is `nbdev_docs`. Without it, nbdev prepares the notebooks, smalldocs (pure Python) renders
 them, and this script finishes the pages: file names as nbdev writes them, links inside the site relative, and KaTeX and
 Mermaid brought from npm and served with the site. Without npm the pages keep their CDN links. Quarto is never installed.
+Either way each page gets a link to Colab and to its source.
 """
 import base64
 import hashlib
@@ -103,6 +104,24 @@ def serve_locally(package):
     edit("*.html", lambda text, path: text.replace(CDN + package, "./" + os.path.relpath(folder, path.parent)))
 
 
+def open_links():
+    "Under each title: open the notebook in Colab, or look at its source on GitHub. The notebook's first cell installs the package there."
+    from nbdev.config import get_config
+    from nbdev.doclinks import _nbpath2html
+    cfg = get_config()
+    notebooks = {_nbpath2html(p).name: p.name for p in sorted((ROOT / "nbs").glob("*.ipynb"))}
+
+    def add(text, path):
+        if path.name not in notebooks:
+            return text
+        place = f"github.com/{cfg.user}/{cfg.repo}/blob/{cfg.branch}/{cfg.nbs_path.name}/{notebooks[path.name]}"
+        links = (f'<p class="open-links"><a href="https://colab.research.google.com/{place.replace("github.com", "github", 1)}">Open in Colab</a>'
+                 f'<a href="https://{place}">View source</a></p>')
+        return re.sub(r'<header id="title-block-header".*?</header>', lambda m: m[0] + links, text, count=1, flags=re.S)
+
+    edit("*.html", add)
+
+
 def own_fonts():
     "Take web fonts of other sites out of the theme: readers' own fonts do, and no third party is asked."
     for css in (DOCS / "site_libs" / "themes").rglob("*.css"):
@@ -118,6 +137,7 @@ def main():
         own_fonts()
         for package in PACKAGES:
             serve_locally(package)
+    open_links()
     bad = broken(DOCS)
     print(*bad, f"{len(list(DOCS.glob('*.html')))} pages in {DOCS.name}/, {len(bad)} broken links", sep="\n")
     return bool(bad)

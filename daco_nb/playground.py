@@ -214,7 +214,7 @@ def board(
     label=None      # as for `heat_map`
 ) -> Image.Image:
     "Picture, question, answers and heat map in one figure."
-    fig = Figure(figsize=(9.5, 2.2 + .42*len(told) + 4), layout='constrained')
+    fig = Figure(figsize=(8, 2.2 + .42*len(told) + 4), layout='constrained')
     top, below = fig.subfigures(2, 1, height_ratios=(1.2 + .42*len(told), 4))
     pic, words = top.subplots(1, 2, width_ratios=(1, 3.4))
     for ax in (pic, words): ax.axis('off')
@@ -223,7 +223,7 @@ def board(
     for i, (who, what) in enumerate(lines):
         y = 1 - i/len(lines)
         words.text(0, y, who, va='top', fontsize=9, weight='bold', transform=words.transAxes)
-        words.text(.19, y, wrapped(what, 74), va='top', fontsize=9, transform=words.transAxes)
+        words.text(.24, y, wrapped(what, 58), va='top', fontsize=9, transform=words.transAxes)
     heat_map(below.subplots(), fired, atoms, label)
     return Image.open(io.BytesIO(png(fig)))
 
