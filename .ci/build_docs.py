@@ -31,12 +31,22 @@ PACKAGES = {  # the versions that smalldocs 0.5.4 links to: npm's integrity of e
 }
 
 
+def no_progress(cell):
+    "A processor of nbdev: take progress bars out of a page; they need a kernel, and what is stored says 0 %."
+    def bar(out):
+        return "application/vnd.jupyter.widget-view+json" in out.get("data", {}) or "it/s]" in "".join(out.get("text", "")) and out.get("name") == "stderr"
+    if cell.cell_type == "code":
+        cell.outputs = [out for out in cell.outputs if not bar(out)]
+
+
 def render():
     "Notebooks -> _proc -> _docs."
+    from nbdev.config import get_config
     from nbdev.quarto import nbdev_docs, refresh_quarto_yml
     from nbdev.serve import proc_nbs
     from smalldocs.site import build
     shutil.rmtree(PROC, ignore_errors=True)
+    get_config().d["procs"] = "build_docs:no_progress"
     if shutil.which("quarto"):
         (ROOT / "README.md").touch()  # newer than index.ipynb: .ci/readme.py writes it, not Quarto
         return nbdev_docs.__wrapped__(n_workers=0)

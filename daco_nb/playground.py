@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MOST_WORDS', 'OWN', 'LABEL_COLOURS', 'QUESTIONS', 'SWITCH', 'MOST_BYTES', 'Choice', 'picture_of', 'switched',
            'methods_of', 'answer', 'answers', 'relevant', 'Firing', 'firing', 'telling', 'atom_name', 'search_atoms',
-           'heat_map', 'png', 'wrapped', 'enlarged', 'board', 'Playground']
+           'near_concepts', 'heat_map', 'png', 'wrapped', 'enlarged', 'board', 'Playground']
 
 # %% ../nbs/10_playground.ipynb #6dbb9db3
 import html, io, textwrap, time
@@ -167,6 +167,15 @@ def search_atoms(
     found = [i for i in range(len(atoms)) if q in atoms.nearest[i].lower() and (q or atoms.label[i] == -1)]
     return sorted(found, key=lambda i: -atoms.cosine[i])[:n]
 
+# %% ../nbs/10_playground.ipynb #e2b8b216
+def near_concepts(
+    kit: Kit,  # of the model
+    atom: int, # which atom
+    k: int = 5 # how many
+) -> str:
+    "The concepts nearest to an atom with their cosines, as text."
+    return ', '.join(f'{name} {cosine:.2f}' for name, cosine in kit.D.nearest(kit.sae.W_dec[atom], k))
+
 # %% ../nbs/10_playground.ipynb #28763ed3
 LABEL_COLOURS = {-1: '#c04a00', 0: '#333333', 1: '#0060a0'}
 
@@ -240,7 +249,7 @@ class Playground:
         self._attack(); self._knobs(); self._atoms(); self._outputs(); self._connect()
         wrap = W.Layout(flex_flow='row wrap')
         self.box = W.VBox([W.HBox([self.drawing, self.words, self.upload, self.forget], layout=wrap), W.HBox([self.question, self.go], layout=wrap), self.status,
-            W.HBox([self.methods, W.VBox(list(self.sliders.values())), W.VBox([self.find, self.found, self.switch, self.hand])], layout=wrap),
+            W.HBox([self.methods, W.VBox(list(self.sliders.values())), W.VBox([self.find, self.found, self.near, self.switch, self.hand])], layout=wrap),
             W.HBox([self.picture, self.table], layout=wrap), self.map])
 
     @property
@@ -281,7 +290,7 @@ def _atoms(self:Playground):
     self.find = W.Text(description='find atom', placeholder='a concept or a number')
     self.found = W.Select(rows=5, description='found')
     self.switch = W.ToggleButtons(options=list(SWITCH), value='as labelled', style={'button_width': '5.5rem'})
-    self.hand = W.HTML('No atom is set by hand.')
+    self.near, self.hand = W.HTML(), W.HTML('No atom is set by hand.')
     self._search()
 
 @patch
@@ -344,9 +353,10 @@ def _search(self:Playground):
 
 @patch
 def _show_switch(self:Playground):
-    "Show what was done by hand to the chosen atom."
-    value = self.by_hand.get(self.found.value)
-    self.switch.disabled = self.found.value is None
+    "Show what lies near the chosen atom, and what was done to it by hand."
+    atom = self.found.value
+    value, self.switch.disabled = self.by_hand.get(atom), atom is None
+    self.near.value = '' if atom is None else 'near ' + html.escape(near_concepts(self.kit, atom))
     self.switch.value = next(k for k, v in SWITCH.items() if v == value)
 
 @patch

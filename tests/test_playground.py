@@ -90,6 +90,8 @@ def test_switch_an_atom(play):
     play.find.value = "guitar"
     atom = play.found.value
     assert "guitar" in play.atoms.nearest[atom]
+    names, cosines = zip(*play.kit.D.nearest(play.kit.sae.W_dec[atom], 5))
+    assert all(f"{n} {c:.2f}" in play.near.value for n, c in zip(names, cosines)) and cosines[0] == pytest.approx(play.atoms.cosine[atom].item(), abs=1e-4)
     play.switch.value = "drop"
     assert play.choice.switched == ((atom, -1),) and play.asked == ["DACO (paper)", "DACO"] and f"atom {atom}" in play.hand.value
     assert all(pg.methods_of(play.kit, play.choice)[n].label[atom] == -1 for n in ("DACO", "DACO (paper)"))
@@ -103,7 +105,7 @@ def test_switch_an_atom(play):
 
 def test_search_that_finds_nothing(play):
     play.find.value = "no such concept"
-    assert play.found.options == () and play.switch.disabled
+    assert play.found.options == () and play.switch.disabled and play.near.value == ""
     play.find.value = "99999"
     assert play.found.options == ()
     play.find.value = ""

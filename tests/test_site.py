@@ -80,6 +80,7 @@ def test_page(notebook):
     assert html.count("<img") >= pictures(notebook)
     assert not formulas(notebook) or 'class="math' in html
     assert "cell-output-error" not in html
+    assert "?it/s]" not in html and "widget-view+json" not in html  # progress bars
 
 
 def test_course_has_figures_and_maths():
