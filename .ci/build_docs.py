@@ -5,6 +5,7 @@
 With `quarto` on the PATH this is `nbdev_docs`. Without it, nbdev prepares the notebooks, smalldocs (pure Python) renders
 them, and this script finishes the pages: file names as nbdev writes them, links inside the site relative, and KaTeX and
 Mermaid brought from npm and served with the site. Without npm the pages keep their CDN links. Quarto is never installed.
+Either way each page gets a link to Colab and to its source.
 """
 import base64
 import hashlib
@@ -30,12 +31,22 @@ PACKAGES = {  # the versions that smalldocs 0.5.4 links to: npm's integrity of e
 }
 
 
+def no_progress(cell):
+    "A processor of nbdev: take progress bars out of a page; they need a kernel, and what is stored says 0 %."
+    def bar(out):
+        return "application/vnd.jupyter.widget-view+json" in out.get("data", {}) or "it/s]" in "".join(out.get("text", "")) and out.get("name") == "stderr"
+    if cell.cell_type == "code":
+        cell.outputs = [out for out in cell.outputs if not bar(out)]
+
+
 def render():
     "Notebooks -> _proc -> _docs."
+    from nbdev.config import get_config
     from nbdev.quarto import nbdev_docs, refresh_quarto_yml
     from nbdev.serve import proc_nbs
     from smalldocs.site import build
     shutil.rmtree(PROC, ignore_errors=True)
+    get_config().d["procs"] = "build_docs:no_progress"
     if shutil.which("quarto"):
         (ROOT / "README.md").touch()  # newer than index.ipynb: .ci/readme.py writes it, not Quarto
         return nbdev_docs.__wrapped__(n_workers=0)
@@ -103,6 +114,24 @@ def serve_locally(package):
     edit("*.html", lambda text, path: text.replace(CDN + package, "./" + os.path.relpath(folder, path.parent)))
 
 
+def open_links():
+    "Under each title: open the notebook in Colab, or look at its source on GitHub. The notebook's first cell installs the package there."
+    from nbdev.config import get_config
+    from nbdev.doclinks import _nbpath2html
+    cfg = get_config()
+    notebooks = {_nbpath2html(p).name: p.name for p in sorted((ROOT / "nbs").glob("*.ipynb"))}
+
+    def add(text, path):
+        if path.name not in notebooks:
+            return text
+        place = f"github.com/{cfg.user}/{cfg.repo}/blob/{cfg.branch}/{cfg.nbs_path.name}/{notebooks[path.name]}"
+        links = (f'<p class="open-links"><a href="https://colab.research.google.com/{place.replace("github.com", "github", 1)}">Open in Colab</a>'
+                 f'<a href="https://{place}">View source</a></p>')
+        return re.sub(r'<header id="title-block-header".*?</header>', lambda m: m[0] + links, text, count=1, flags=re.S)
+
+    edit("*.html", add)
+
+
 def own_fonts():
     "Take web fonts of other sites out of the theme: readers' own fonts do, and no third party is asked."
     for css in (DOCS / "site_libs" / "themes").rglob("*.css"):
@@ -118,6 +147,7 @@ def main():
         own_fonts()
         for package in PACKAGES:
             serve_locally(package)
+    open_links()
     bad = broken(DOCS)
     print(*bad, f"{len(list(DOCS.glob('*.html')))} pages in {DOCS.name}/, {len(bad)} broken links", sep="\n")
     return bool(bad)

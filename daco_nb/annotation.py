@@ -297,12 +297,13 @@ def read_harm(
     mllm: MLLM, # model
     layer: int, # decoder layer
     seed: int = 0,
-    batch_size: int = 48
+    batch_size: int = 48,
+    phrases: list | None = None # to fit on, as `harm_phrases` gives them; None takes those for training
 ) -> Probe:
     "A probe for harmful words, fitted on windows of training phrases; harmless ones are followed by a calm answer to something else."
     rng, ids = random.Random(seed), lambda t: mllm.tokenizer(t, add_special_tokens=False)['input_ids']
     calm = [a for _, a in json.loads((ASSETS/'answers.json').read_text(encoding='utf-8'))['more']]
-    rows, found = [(q, p, harm, '' if harm else ' ' + rng.choice(calm)) for q, p, harm in harm_phrases()], []
+    rows, found = [(q, p, harm, '' if harm else ' ' + rng.choice(calm)) for q, p, harm in phrases or harm_phrases()], []
     rows.sort(key=lambda r: len(r[0] + r[1] + r[3]))
     for k in range(0, len(rows), batch_size):
         part = rows[k:k + batch_size]

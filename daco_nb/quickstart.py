@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 from matplotlib.figure import Figure
+from tqdm.auto import tqdm
 
 from .activations import extract
 from .annotation import read_harm
@@ -101,11 +102,11 @@ def run(
     mllm: MLLM,       # model
     methods: dict,    # from `make_methods`
     items: list,      # questions
-    show=print        # called with each finished row
+    show=tqdm.write   # called with each finished row
 ): # (rows, verdicts per method)
     "Evaluate all methods on the same questions."
     judge, rows, verdicts = OfflineJudge(), [], {}
-    for name, method in methods.items():
+    for name, method in tqdm(methods.items(), desc='methods', leave=False):
         verdicts[name], ms = evaluate(mllm, method, items, judge)
         rows.append(summarise(name, verdicts[name], ms))
         show(line(rows[-1]))

@@ -137,3 +137,37 @@ def test_small_runs(name):
     "Benchmarks on the demo model run; how fast is not asked here."
     rows = bm.benchmark(name, "small")["rows"]
     assert rows and all(set(r) == KEYS and r["ratio"] > 0 for r in rows)
+
+
+SHAPE = dict(tower=dict(depth=2, hidden_size=64, intermediate_size=64, num_heads=2, fullatt_block_indexes=[1]), rotary=(4, 6, 6),
+             hidden_size=128, intermediate_size=256, num_attention_heads=4, num_key_value_heads=2, num_hidden_layers=4)
+
+
+def test_smoke_without_a_gpu(monkeypatch):
+    "Every row is skipped and says why; no model is built."
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(bm, "random_qwen", lambda *a: pytest.fail("a model was built"))
+    rows = bm.benchmark("cuda_smoke")["rows"]
+    assert len(rows) == len(bm.SMOKE) and all(r["holds"] is r["ratio"] is r["ours"] is None and "needs a GPU" in r["what"] for r in rows)
+
+
+def test_smoke_with_a_gpu(monkeypatch):
+    "Where a GPU is at hand the model is built there and measured; here it is a tiny one on the CPU."
+    built = []
+    def tiny(device):
+        built.append(device)
+        return random_qwen("cpu", torch.float32, **SHAPE)
+    random_qwen, once = bm.random_qwen, iter([True])  # torch asks, too, and is told the truth
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: next(once, False))
+    monkeypatch.setattr(bm, "random_qwen", tiny)
+    rows = bm.benchmark("cuda_smoke", "small")["rows"]
+    assert built == ["cuda"] and [r["target"] for r in rows] == [t for _, t in bm.SMOKE.values()]
+    assert all(set(r) == KEYS and r["ratio"] > 0 for r in rows[:3]) and rows[3]["holds"] is None  # memory is counted on a GPU only
+
+
+def test_shape_of_7b():
+    "By default the random model has the decoder of the 7B model; built on meta, where it takes no memory."
+    config = bm.random_qwen("meta").model.config.text_config
+    assert (config.hidden_size, config.intermediate_size, config.num_hidden_layers, config.num_attention_heads, config.num_key_value_heads) == (3584, 18_944, 28, 28, 4)
+    layer = bm.random_qwen("meta").layers[0]
+    assert sum(p.numel() for p in layer.parameters()) == 233_057_792

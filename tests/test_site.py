@@ -1,22 +1,19 @@
-"""The built docs site: every notebook has its page, with figures and maths, and it works offline.
+"""The built docs site: every notebook has its page, with figures and maths, and it works offline, in a browser, on a phone.
 
 Build it first (`python .ci/build_docs.py`). DACO_NB_SITE names another folder than _docs; DACO_NB_STRICT=1 (as in CI) turns
-"not built" into a failure; DACO_NB_SCREENSHOTS names a folder for pictures of the pages that Chromium loads.
+"not built" into a failure; DACO_NB_ARTEFACTS names a folder for screenshots (default: build/artefacts, ignored by git).
+The system's Chromium is driven by playwright, which brings no browser of its own here; without either those tests are skipped.
 """
-import base64
-import contextlib
+import ast
 import functools
 import http.server
 import json
 import os
 import re
-import select
 import shutil
-import signal
-import subprocess
 import sys
 import threading
-import time
+from html import unescape
 from pathlib import Path
 
 import pytest
@@ -24,10 +21,22 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 SITE = Path(os.environ.get("DACO_NB_SITE") or ROOT / "_docs").resolve()
 CHROMIUM = next(filter(None, map(shutil.which, ["chromium", "chromium-browser", "google-chrome"])), None)
-FLAGS = ("--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-         "--disable-component-update --disable-sync --hide-scrollbars --window-size=1280,1800").split()
-DRAWN = """document.readyState == 'complete' && !document.querySelector('.mermaid:not(:has(svg))')
+ARTEFACTS = Path(os.environ.get("DACO_NB_ARTEFACTS") or ROOT / "build" / "artefacts").resolve()
+DRAWN = """() => document.readyState == 'complete' && !document.querySelector('.mermaid:not(:has(svg))')
            && (!document.querySelector('.math') || !!document.querySelector('.katex'))"""
+CONTRAST = """() => {  // texts whose contrast with the colour behind them is below 3:1, as [ratio, text]
+    const rgb = c => (c.match(/[\\d.]+/g) || [0, 0, 0, 0]).map(Number);
+    const light = c => { const [r, g, b] = c.slice(0, 3).map(v => (v /= 255) <= .03928 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4); return .2126*r + .7152*g + .0722*b };
+    const over = (a, b) => { const t = a.length > 3 ? a[3] : 1; return [0, 1, 2].map(i => t*a[i] + (1 - t)*b[i]) };
+    const behind = e => e ? over(rgb(getComputedStyle(e).backgroundColor), behind(e.parentElement)) : [255, 255, 255];
+    const poor = [];
+    for (const e of document.querySelectorAll('main *, nav *, footer *')) {
+        const text = [...e.childNodes].filter(n => n.nodeType == 3).map(n => n.textContent.trim()).join('');
+        if (!text || !e.checkVisibility({checkOpacity: true, checkVisibilityCSS: true}) || e.closest('svg, .katex-mathml, .visually-hidden')) continue;
+        const back = behind(e), [a, b] = [light(over(rgb(getComputedStyle(e).color), back)), light(back)].sort((x, y) => y - x), ratio = (a + .05)/(b + .05);
+        if (ratio < 3) poor.push([Math.round(ratio*100)/100, text.slice(0, 40), e.tagName + '.' + e.className]);
+    }
+    return poor }"""
 NOTEBOOKS = sorted(p for p in (ROOT / "nbs").glob("*.ipynb") if not p.name.startswith(("_", ".")))
 sys.path.insert(0, str(ROOT / ".ci"))
 import check_links  # noqa: E402
@@ -71,6 +80,7 @@ def test_page(notebook):
     assert html.count("<img") >= pictures(notebook)
     assert not formulas(notebook) or 'class="math' in html
     assert "cell-output-error" not in html
+    assert "?it/s]" not in html and "widget-view+json" not in html  # progress bars
 
 
 def test_course_has_figures_and_maths():
@@ -120,95 +130,161 @@ def address():
         server.shutdown()
 
 
-class Browser:
-    "A headless Chromium, driven over a pair of pipes with its DevTools protocol: messages are JSON, each ended by a NUL."
-
-    def __init__(self, folder, seconds=400):
-        self.deadline, self.sent, self.buffer, self.events = time.monotonic() + seconds, 0, b"", []
-        (reads, self.to), (self.frm, writes) = os.pipe(), os.pipe()
-        command = [CHROMIUM, *FLAGS, "--remote-debugging-pipe", f"--user-data-dir={folder}", "about:blank"]
-        shell = ["bash", "-c", f'exec "$@" 3<&{reads} 4>&{writes}', "chromium", *command]
-        self.process = subprocess.Popen(shell, pass_fds=(reads, writes), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
-                                        stderr=subprocess.DEVNULL, start_new_session=True)
-        os.close(reads), os.close(writes)
-        self.session = None
-
-    def message(self):
-        "The next message; TimeoutError when the time is up, EOFError when the browser is gone."
-        while b"\0" not in self.buffer:
-            if not select.select([self.frm], [], [], max(0, self.deadline - time.monotonic()))[0]:
-                raise TimeoutError("Chromium did not answer in time")
-            if not (data := os.read(self.frm, 1 << 20)):
-                raise EOFError("Chromium has ended")
-            self.buffer += data
-        line, self.buffer = self.buffer.split(b"\0", 1)
-        return json.loads(line)
-
-    def call(self, method, **params):
-        "Call a method of the protocol and wait for its result; events that come meanwhile are kept."
-        self.sent += 1
-        target = {"sessionId": self.session} if self.session else {}
-        os.write(self.to, json.dumps({"id": self.sent, "method": method, "params": params, **target}).encode() + b"\0")
-        while (reply := self.message()).get("id") != self.sent:
-            self.events.append(reply)
-        assert "error" not in reply, reply
-        return reply["result"]
-
-    def evaluate(self, expression):
-        "The value of a JavaScript expression in the page."
-        return self.call("Runtime.evaluate", expression=expression, returnByValue=True)["result"].get("value")
-
-    def open(self, url):
-        "Load a page and wait until its maths and diagrams are drawn."
-        self.session, self.events = None, []
-        tab = self.call("Target.createTarget", url="about:blank")["targetId"]
-        self.session = self.call("Target.attachToTarget", targetId=tab, flatten=True)["sessionId"]
-        for domain in ("Page", "Runtime", "Log"):
-            self.call(f"{domain}.enable")
-        self.call("Page.navigate", url=url)
-        before, now = None, 0
-        while not (self.evaluate("location.href") == url and self.evaluate(DRAWN) and before == now):
-            time.sleep(0.4)
-            before, now = now, self.evaluate("document.body.innerHTML.length")  # a diagram is drawn piece by piece
-
-    def errors(self):
-        "What the console holds against the page: exceptions, console.error, failed loads."
-        seen = [e for e in self.events if e["method"] == "Runtime.exceptionThrown"]
-        seen += [e for e in self.events if e["method"] == "Log.entryAdded" and e["params"]["entry"]["level"] == "error"]
-        seen += [e for e in self.events if e["method"] == "Runtime.consoleAPICalled" and e["params"]["type"] in ("error", "assert")]
-        return [e for e in seen if "favicon.ico" not in json.dumps(e)]
-
-    def close(self):
-        "End the browser and its helpers."
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
-        os.close(self.to), os.close(self.frm)
-
-
 @pytest.fixture(scope="module")
-def browser(tmp_path_factory):
-    "One browser for all the tests here."
+def chromium():
+    "The system's Chromium, headless, started once."
     if not CHROMIUM:
-        pytest.skip("no Chromium on this machine")
-    browser = Browser(tmp_path_factory.mktemp("profile"))
-    yield browser
-    browser.close()
+        pytest.skip("no Chromium on this machine: `apt-get install chromium`")
+    api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: `pip install -e '.[dev]'`")
+    with api.sync_playwright() as p:
+        browser = p.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu", "--disable-background-networking"])
+        yield browser
+        browser.close()
 
 
-@pytest.mark.parametrize("name", ["index", "steering"])
-def test_in_browser(name, address, browser, tmp_path):
-    "A page loads in a browser without console errors; its pictures load, its maths and diagrams are drawn."
+@pytest.fixture
+def visit(chromium, address):
+    "A function that opens a page of the site and waits until its maths and diagrams are drawn; errors of the console are kept."
+    contexts, Handler.missed[:] = [], []
+
+    def visit(name, width=1280, height=900, scheme="light"):
+        source = (SITE / f"{name}.html").read_text(encoding="utf-8")
+        if "https://cdn." in source:
+            pytest.skip("the page takes KaTeX or Mermaid from a CDN (built by Quarto, or without npm)")
+        contexts.append(chromium.new_context(viewport={"width": width, "height": height}, color_scheme=scheme))
+        page = contexts[-1].new_page()
+        page.errors = []
+        page.on("console", lambda m: page.errors.append(m.text) if m.type == "error" and "favicon.ico" not in str(m.location) else None)
+        page.on("pageerror", lambda e: page.errors.append(str(e)))
+        page.goto(f"{address}/{name}.html")
+        page.wait_for_function(DRAWN, timeout=60_000)
+        return page
+
+    yield visit
+    for c in contexts:
+        c.close()
+
+
+def keep(page, name, whole=False):
+    "Keep a screenshot as an artefact."
+    ARTEFACTS.mkdir(parents=True, exist_ok=True)
+    data = page.screenshot(path=ARTEFACTS / f"{name}.png", full_page=whole)
+    assert len(data) > 20_000
+
+
+PAGES = [page(n).stem for n in NOTEBOOKS]
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_in_browser(name, visit):
+    "A page loads without console errors, with its sidebar, its links and its search; its pictures load, its maths and diagrams are drawn."
+    seen = visit(name)
     source = (SITE / f"{name}.html").read_text(encoding="utf-8")
-    if "https://cdn." in source:
-        pytest.skip("the page takes KaTeX or Mermaid from a CDN (built by Quarto, or without npm)")
-    browser.open(f"{address}/{name}.html")
-    picture = base64.b64decode(browser.call("Page.captureScreenshot", format="png")["data"])
-    path = Path(os.environ.get("DACO_NB_SCREENSHOTS") or tmp_path) / f"site_{name}.png"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(picture)
-    assert browser.errors() == [] and Handler.missed == []
-    assert browser.evaluate("[...document.images].filter(i => i.loading != 'lazy' && !i.naturalWidth).length") == 0
-    assert ('class="math' in source) <= (browser.evaluate("document.querySelectorAll('.katex').length") > 0)
-    assert browser.evaluate("document.querySelectorAll('.katex-error').length") == 0
-    assert len(picture) > 20_000
+    assert seen.errors == [] and Handler.missed == []
+    seen.evaluate("[...document.images].forEach(i => i.loading = 'eager')")
+    seen.wait_for_function("[...document.images].every(i => i.complete)")
+    assert seen.evaluate("[...document.images].filter(i => !i.naturalWidth).length") == 0
+    assert ('class="math' in source) <= (seen.locator(".katex").count() > 0) and seen.locator(".katex-error").count() == 0
+    assert seen.locator("#quarto-sidebar a:visible").count() >= 15 and seen.locator("#quarto-search").count() > 0
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_on_a_phone(name, visit):
+    "On a screen of 390 pixels nothing is wider than the screen; tables and code scroll by themselves."
+    seen = visit(name, 390, 844)
+    wide = seen.evaluate("document.documentElement.scrollWidth")
+    culprits = seen.evaluate("""[...document.querySelectorAll('main *')].filter(e => e.getBoundingClientRect().right > 391
+        && !e.closest('pre, table, .katex, .cell-output, .sourceCode, .table-responsive')).slice(0, 3).map(e => e.outerHTML.slice(0, 120))""")
+    assert wide <= 390 and culprits == []
+
+
+@pytest.mark.parametrize("name", ["index", "steering", "playground", "limits", "glossary"])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_contrast(name, scheme, visit):
+    "Text can be read in either mode: at least 3:1 against what lies behind it."
+    seen = visit(name, scheme=scheme)
+    dark = seen.evaluate("getComputedStyle(document.body).backgroundColor.match(/\\d+/g).slice(0, 3).reduce((a, b) => a + +b, 0) < 200")
+    assert dark == (scheme == "dark")
+    assert seen.evaluate(CONTRAST) == []
+
+
+def test_toggle_dark_mode(visit):
+    "The button in the bar changes the mode, and the choice lasts on the next page."
+    seen = visit("index")
+    assert not seen.evaluate("document.documentElement.classList.contains('quarto-dark')")
+    seen.locator(".quarto-color-scheme-toggle:visible").first.click()
+    assert seen.evaluate("document.documentElement.classList.contains('quarto-dark')")
+    seen.goto(seen.url.replace("index", "glossary"))
+    assert seen.evaluate("document.documentElement.classList.contains('quarto-dark')")
+
+
+def test_diagram(visit):
+    "Mermaid, served with the site, draws the glossary's diagram."
+    seen = visit("glossary")
+    assert seen.locator(".mermaid svg").count() == 1 and "concept dictionary" in seen.locator(".mermaid svg").text_content()
+
+
+def test_search(visit):
+    "The search finds a term of the course."
+    seen = visit("index")
+    box = seen.locator("#quarto-search input:visible").first
+    box.click()
+    box.type("oblique projection")
+    hit = seen.locator("a[href*='sparse_coding']:visible").filter(has_text=re.compile("projection|Sparse", re.I))
+    hit.first.wait_for(timeout=10_000)
+
+
+def test_before_and_after_within_one_screen(visit):
+    "Whoever lands on the site sees an attack before and after without scrolling."
+    seen = visit("index")
+    box = seen.locator("main img").first.bounding_box()
+    assert box["y"] + box["height"] <= 900 and box["width"] > 400
+
+
+@pytest.mark.parametrize("name, width, height, scheme", [("index", 1280, 900, "light"), ("playground", 1280, 900, "dark"), ("steering", 390, 844, "light")])
+def test_screenshots(name, width, height, scheme, visit):
+    "Three pages are kept as pictures for people to look at."
+    seen = visit(name, width, height, scheme)
+    seen.wait_for_function("[...document.images].filter(i => i.loading != 'lazy').every(i => i.complete)")
+    keep(seen, f"{name}-{width}-{scheme}")
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda p: p.stem)
+def test_source_and_colab(notebook):
+    "Every page links to its source and opens in Colab; there the first cell installs the package before anything imports it."
+    html = page(notebook).read_text(encoding="utf-8")
+    assert f'href="https://colab.research.google.com/github/daco-nb/daco_nb/blob/main/nbs/{notebook.name}"' in html
+    assert f'href="https://github.com/daco-nb/daco_nb/blob/main/nbs/{notebook.name}"' in html
+    code = [c["source"] for c in cells(notebook) if c["cell_type"] == "code"]
+    if any("daco_nb" in c for c in code):
+        assert "google.colab" in code[0] and "pip install" in code[0] and code[0].startswith("#| hide")
+    assert "google.colab" not in re.sub(r"<[^>]+>", "", html)
+
+
+def exported(notebook):
+    "Public functions, methods and classes of the exported cells that the site documents, with the source of each."
+    for c in cells(notebook):
+        if c["cell_type"] != "code" or not re.search(r"^#\|\s*exports?\b", c["source"], re.M) or re.search(r"^#\|\s*(hide|eval:\s*false)\b", c["source"], re.M):
+            continue
+        for node in ast.parse(c["source"]).body:
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_"):
+                yield node, ast.get_source_segment(c["source"], node)
+
+
+def plain(text):
+    "Text without spaces, tags and typographic quotes, so that a docstring can be found in a page."
+    return re.sub(r"[^\w]", "", unescape(re.sub(r"<[^>]+>", "", text)))
+
+
+@pytest.mark.parametrize("notebook", [n for n in NOTEBOOKS if n.name[0].isdigit()], ids=lambda p: p.stem)
+def test_reference(notebook):
+    "The page documents every exported name: a heading, its docstring, and the comment on each parameter."
+    html = page(notebook).read_text(encoding="utf-8")
+    anchors, text = {a.lower() for a in check_links.Page(page(notebook)).anchors}, plain(html)
+    for node, source in exported(notebook):
+        assert any(a.split(".")[-1] == node.name.lower() for a in anchors), f"{node.name} has no heading on the page"
+        assert plain((ast.get_docstring(node) or "").split("\n")[0]) in text, f"{node.name}: its docstring is missing"
+        if isinstance(node, ast.FunctionDef):
+            head = source[:source.index('"')] if '"' in source else source
+            for comment in re.findall(r"#\s*(.+)$", head, re.M):
+                assert plain(comment) in text, f"{node.name}: the comment {comment!r} is missing"
