@@ -105,13 +105,18 @@ def test_each_peer_has_a_program_that_compiles():
 def test_we_run_before_and_after_every_peer(monkeypatch):
     "A ratio is a peer's time over the mean of ours on both sides; quality is compared with the best peer."
     order, pace = [], {"ours": iter([1.0, 3.0, 1.0, 1.0]), "SAELens": iter([6.0]), "sparsify": iter([4.0]), "dictionary_learning": iter([1.0])}
-    def train(name, Z, folder, d_sae, steps):
+    def train(name, Z, folder, d_sae, steps, lr):
+        if steps == 3: return None, (name, lr)  # a short run, to choose the rate
+        assert lr == bm.RATES[name][1] and steps == 6
         order.append(name)
         return next(pace[name]), name
+    def judge(sae, z):
+        if isinstance(sae, tuple): return {"fve": -abs(sae[1] - bm.RATES[sae[0]][1])}  # the second rate is the best
+        return {"fve": {"ours": 0.8, "SAELens": 0.7, "sparsify": 0.805, "dictionary_learning": 0.6}[sae]}
     monkeypatch.setattr(bm, "demo_rows", lambda: (None, torch.zeros(3, 2), torch.zeros(2, 2)))
     monkeypatch.setattr(bm, "train_alone", train)
-    monkeypatch.setattr(bm, "evaluate_sae", lambda sae, z: {"fve": {"ours": 0.8, "SAELens": 0.7, "sparsify": 0.805, "dictionary_learning": 0.6}[sae]})
-    rows = bm.bench_peers()
+    monkeypatch.setattr(bm, "evaluate_sae", judge)
+    rows = bm.bench_peers(steps=6)
     assert order == ["ours", "SAELens", "ours", "sparsify", "ours", "dictionary_learning", "ours"]
     assert [r["ratio"] for r in rows[:3]] == [3.0, 2.0, 1.0] and [r["holds"] for r in rows] == [True, True, False, True]
     assert rows[3]["ours"] == 0.8 and abs(rows[3]["against"] - 0.8) < 1e-9
