@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['LABELS', 'VERSION', 'read_table', 'load_labels', 'merge_labels', 'labelled_rows', 'centroids', 'Atoms',
-           'nearest_distance', 'check_eta', 'mark', 'annotate', 'relabel', 'save_atoms', 'load_atoms', 'Probe',
-           'fit_probe', 'save_probe', 'load_probe', 'harm_phrases', 'spoken', 'windows_of', 'read_harm']
+           'nearest_distance', 'check_eta', 'mark', 'votes_against', 'annotate', 'relabel', 'save_atoms', 'load_atoms',
+           'Probe', 'fit_probe', 'save_probe', 'load_probe', 'harm_phrases', 'spoken', 'windows_of', 'read_harm']
 
 # %% ../nbs/07_annotation.ipynb #53be69f7
 import csv, json, os, random
@@ -96,12 +96,13 @@ def centroids(
 class Atoms:
     "Labels of the atoms of an SAE."
     label: torch.Tensor     # int8 `[d_sae]`: -1 undesirable, 1 desirable, 0 neither
-    distance: torch.Tensor  # float32 `[d_sae, 2]`: cosine distance to the undesirable and to the desirable side
+    distance: torch.Tensor  # float32 `[d_sae, 2]`: distance to the undesirable and to the desirable side (cosine, or share of the votes against)
     cosine: torch.Tensor    # float32 `[d_sae]`: with the nearest named concept
     nearest: list           # `[d_sae]` names of those concepts
     eta: tuple              # (undesirable, desirable): largest distance that still gave a label
-    rule: str               # `centroid` or `nearest`
+    rule: str               # `centroid`, `nearest` or `vote`
     n_centroids: int        # centroids per label, for the rule `centroid`
+    n_neighbours: int = 7   # concepts that vote, for the rule `vote`
 
     @property
     def undesirable(self): "Indices of undesirable atoms."; return (self.label == -1).nonzero()[:, 0]
@@ -138,7 +139,7 @@ def mark(
     distance: torch.Tensor,   # `[m, 2]` to the undesirable and to the desirable side
     cosine: torch.Tensor,     # `[m]` with the nearest named concept
     eta: tuple[float, float], # largest distance for each side
-    rule: str                 # `centroid` or `nearest`
+    rule: str                 # `centroid`, `nearest` or `vote`
 ) -> torch.Tensor:            # int8 `[m]`
     "Labels from distances: a side within its eta, the nearer one if both are; ties go to undesirable."
     within = distance <= torch.tensor(eta)
@@ -147,24 +148,42 @@ def mark(
     return torch.where(bad, -1, torch.where(within[:, 1], 1, 0)).to(torch.int8)
 
 # %% ../nbs/07_annotation.ipynb #3074ac76
+def votes_against(
+    rows: torch.Tensor,   # `[m, d]`
+    points: torch.Tensor, # concept vectors `[n, d]`
+    kind: torch.Tensor,   # label of each concept, -1, 0 or 1: `[n]`
+    n_neighbours: int     # how many vote
+) -> torch.Tensor:        # `[m, 2]`, between 0 and 1
+    "Share of the nearest concepts' votes that do not go to the undesirable, and to the desirable side; a vote weighs as much as its cosine."
+    cos = normalize(rows.float(), dim=1)@normalize(points.float(), dim=1).T
+    best = cos.topk(min(n_neighbours, len(points)), dim=1)
+    weight = best.values.clamp(min=0)
+    mine = torch.stack([(weight*(kind[best.indices] == k)).sum(1) for k in (-1, 1)], 1)
+    return 1 - mine/weight.sum(1, keepdim=True).clamp(min=1e-9)
+
+# %% ../nbs/07_annotation.ipynb #9204d617
 def annotate(
     sae,                     # object with `W_dec [d_sae, d]`
     D,                       # object with `names` and `vectors [n, d]`, on standardised activations
     labels: dict[str, str],  # label of each concept
-    eta=.5,                  # largest cosine distance: a number, or (undesirable, desirable)
-    rule: str = 'centroid',  # `centroid` (the paper's) or `nearest`
+    eta=.5,                  # largest distance: a number, or (undesirable, desirable)
+    rule: str = 'centroid',  # `centroid` (the paper's), `nearest` or `vote`
     n_centroids: int = 1,    # centroids per label; 1 is the paper's
-    seed: int = 0            # of k-means
+    seed: int = 0,           # of k-means
+    n_neighbours: int = 7    # concepts that vote
 ) -> Atoms:
     "Label the atoms of an SAE by their distance from labelled concepts (DACO, Eq. 9). Ties go to undesirable. ValueError on misfits."
     W, V, pair = sae.W_dec.detach().float().cpu(), D.vectors.detach().float().cpu(), check_eta(eta)
     if W.shape[1] != V.shape[1]: raise ValueError(f'Atoms have width {W.shape[1]}, concept vectors {V.shape[1]}: take a dictionary and an SAE of the same model')
-    if rule not in ('centroid', 'nearest'): raise ValueError(f'Unknown rule {rule!r}: choose centroid or nearest')
+    if rule not in ('centroid', 'nearest', 'vote'): raise ValueError(f'Unknown rule {rule!r}: choose centroid, nearest or vote')
+    if n_neighbours < 1: raise ValueError(f'n_neighbours={n_neighbours}: at least one concept must vote')
     rows = labelled_rows(D, labels)
-    points = centroids(D, labels, n_centroids, seed) if rule == 'centroid' else {k: V[r] for k, r in rows.items()}
-    distance = torch.stack([nearest_distance(W, points[k])[0] for k in (-1, 1)], 1)
+    if rule == 'vote': distance = votes_against(W, V, torch.tensor([LABELS[labels.get(n, 'neither')] for n in D.names]), n_neighbours)
+    else:
+        points = centroids(D, labels, n_centroids, seed) if rule == 'centroid' else {k: V[r] for k, r in rows.items()}
+        distance = torch.stack([nearest_distance(W, points[k])[0] for k in (-1, 1)], 1)
     gap, which = nearest_distance(W, V)
-    return Atoms(mark(distance, 1 - gap, pair, rule), distance, 1 - gap, [D.names[i] for i in which.tolist()], pair, rule, n_centroids)
+    return Atoms(mark(distance, 1 - gap, pair, rule), distance, 1 - gap, [D.names[i] for i in which.tolist()], pair, rule, n_centroids, n_neighbours)
 
 # %% ../nbs/07_annotation.ipynb #37ceee78
 def relabel(

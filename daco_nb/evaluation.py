@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['SCENARIOS', 'FORMS', 'LETTERS', 'POLICIES', 'IN_TEXT', 'TEST_ONLY', 'PARTS', 'DECLINES', 'SHOWS', 'VERDICTS',
-           'EXPECTED', 'SHORT', 'OFFERS', 'CALMS', 'CANDIDATES', 'Item', 'check_names', 'checked', 'mm_safetybench',
-           'csv_rows', 'jailbreakv', 'figstep', 'xstest', 'choice_text', 'parquet', 'mmmu', 'chosen_letter', 'Ask',
-           'asks', 'save_jpg', 'picture', 'write_mm', 'jailbreak', 'write_jbv', 'choice', 'mixed', 'write_parquet',
-           'write_utility', 'write_sensitive', 'write_captions', 'demobench_folder', 'demobench', 'mossbench',
-           'declined', 'repetition', 'Reader', 'Reading', 'readings', 'Verdict', 'subject', 'OfflineJudge', 'verdict',
-           'evaluate', 'rate', 'summarise', 'sample', 'save_verdicts', 'load_verdicts', 'heard', 'auc', 'tune_gate',
-           'choose', 'tune']
+           'EXPECTED', 'SHORT', 'OFFERS', 'CALMS', 'CANDIDATES', 'GOALS', 'SWEEP', 'SHOWN', 'Item', 'check_names',
+           'checked', 'mm_safetybench', 'csv_rows', 'jailbreakv', 'figstep', 'xstest', 'choice_text', 'parquet', 'mmmu',
+           'chosen_letter', 'Ask', 'asks', 'save_jpg', 'picture', 'write_mm', 'jailbreak', 'write_jbv', 'choice',
+           'mixed', 'write_parquet', 'write_utility', 'write_sensitive', 'write_captions', 'demobench_folder',
+           'demobench', 'mossbench', 'declined', 'repetition', 'Reader', 'Reading', 'readings', 'Verdict', 'subject',
+           'OfflineJudge', 'verdict', 'evaluate', 'rate', 'summarise', 'sample', 'save_verdicts', 'load_verdicts',
+           'heard', 'auc', 'tune_gate', 'choose', 'tune', 'on_front', 'sweep', 'save_sweep', 'load_sweep']
 
 # %% ../nbs/09_evaluation.ipynb #09fd7436
 import ast, csv, functools, hashlib, json, os, re, time
@@ -696,3 +696,47 @@ def tune(
         rows = [trial(name, c) for c in changes]
         settings |= choose(base, rows, slack)['change']
     return dict(settings=settings, gate=gate, trials=trials)
+
+# %% ../nbs/09_evaluation.ipynb #d613ed9c
+GOALS = dict(safe_rate=1, over_refusal=-1, utility=1) # what should rise (1), what should fall (-1)
+SWEEP = [dict(eta=e, gamma=g) for e in (.25, .4) for g in (.5, 1., 1.5, 2., 2.5, 3.)]
+
+def on_front(
+    rows: list[dict] # trials
+) -> list[bool]:     # whether each is on the front
+    "Which trials are not dominated: no other is as good in every goal and better in one."
+    x = np.array([[sign*r[k] for k, sign in GOALS.items()] for r in rows])
+    return [not any((y >= a).all() and (y > a).any() for y in x) for a in x]
+
+def sweep(
+    mllm: MLLM,         # the model
+    kit,                # its `Kit`
+    judge,              # as for `evaluate`
+    items: list[Item],  # validation questions
+    name: str = 'DACO', # method
+    grid=SWEEP          # changes to `SETTINGS`
+) -> list[dict]: # rows of *summarise* with their `change`; the first is no steering
+    "Try every point of a grid."
+    trials = [('none', {})] + [(name, change) for change in grid]
+    return [summarise(n, *evaluate(mllm, make_methods(kit, c)[n], items, judge)) | dict(change=c) for n, c in trials]
+
+# %% ../nbs/09_evaluation.ipynb #fc5e84a6
+SHOWN = ('method', 'eta', 'gamma', 'safe_rate', 'harmful_rate', 'incoherent', 'over_refusal', 'utility', 'fluency', 'n')
+
+def save_sweep(
+    rows: list[dict], # of `sweep`
+    path: Path        # CSV file
+):
+    "Write the rows of a sweep, whole or not at all."
+    tmp = Path(path).with_name(Path(path).name + '.part')
+    with open(tmp, 'w', encoding='utf-8', newline='') as f:
+        w = csv.DictWriter(f, SHOWN, extrasaction='ignore', lineterminator='\n'); w.writeheader()
+        w.writerows({**r, **r['change']} | {k: f'{r[k]:.6f}' for k in SHOWN[3:-1]} for r in rows)
+        f.flush(); os.fsync(f.fileno())
+    os.replace(tmp, path)
+
+def load_sweep(
+    path: Path # CSV file
+) -> list[dict]: # as `sweep` gave them
+    "Read what `save_sweep` wrote."
+    return [{k: float(r[k]) for k in SHOWN[3:-1]} | dict(method=r['method'], n=int(r['n']), change={k: float(r[k]) for k in ('eta', 'gamma') if r[k]}) for r in csv_rows(path, set(SHOWN))]

@@ -400,9 +400,10 @@ def _split(
         n = min(len(Z) - 1, max(1, round(heldout*len(Z))))
         return Z[order[:n]], lambda step: _shuffled(Z, order[n:], batch, seed, step)
     if iter(Z) is Z: raise ValueError('Z can be read only once: give a list of batches, or an object that starts anew each time')
-    first = next(iter(Z), None)
-    if first is None or next(islice(iter(Z), 1, None), None) is None: raise ValueError('Z needs at least two batches: the first is held out')
-    return first, lambda step: islice(chain.from_iterable(islice(iter(z), 1, None) for z in repeat(Z)), step, None)
+    full = lambda: filter(len, iter(Z)) # a batch without rows teaches nothing
+    first = next(full(), None)
+    if first is None or next(islice(full(), 1, None), None) is None: raise ValueError('Z needs at least two batches with rows: the first is held out')
+    return first, lambda step: islice(chain.from_iterable(islice(full(), 1, None) for _ in repeat(None)), step, None)
 
 # %% ../nbs/06_sae.ipynb #70203504
 def _first(

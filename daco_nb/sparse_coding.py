@@ -8,7 +8,9 @@ __all__ = ['prepared_omp', 'omp', 'duality_gap', 'elastic_net', 'oblique_project
 # %% ../nbs/05_sparse_coding.ipynb #f70ca73a
 import math
 
+import numpy as np
 import torch
+from torch.nn.functional import embedding_bag
 
 # %% ../nbs/05_sparse_coding.ipynb #a4c15e5f
 def _prepare(
@@ -33,39 +35,64 @@ def _prepare(
     return Z, D
 
 # %% ../nbs/05_sparse_coding.ipynb #8039cdb8
-def _gram_rows(
-    U: torch.Tensor, # unit rows `[n, d]`
-    table: bool      # make the whole matrix now
-):                   # index `[b]` -> inner products of these rows with all rows `[b, n]`
-    "Rows of the Gram matrix: from a table, or computed when asked."
-    if table:
-        G = U@U.T
-        return lambda i: G[i]
-    return lambda i: U[i]@U.T
+def _pursue_one(
+    Z: torch.Tensor,   # one vector, `[1, d]`, on the CPU
+    U: torch.Tensor,   # unit rows `[n, d]`
+    k: int,            # atoms, at most
+    tol: float | None, # stop at this squared residual
+    G: np.ndarray      # Gram matrix `[n, n]`
+) -> tuple[torch.Tensor, torch.Tensor]: # support `[1, k]` (indices) and which of its entries are used
+    "Greedy choice of atoms for one vector; each step removes one direction from all correlations."
+    correlation, energy, floor = (U@Z[0]).numpy(), float(Z[0]@Z[0]), 10*torch.finfo(Z.dtype).eps
+    least, P, support = floor*energy**.5, np.empty((k, len(U)), G.dtype), []
+    while len(support) < k:
+        j, i = len(support), int(np.abs(correlation).argmax())         # the atom nearest to the residual
+        w = P[:j, i]                                                    # what the basis has of it
+        h2 = 1 - float(w@w)                                             # what is new
+        if abs(correlation[i]) <= least or h2 <= floor or energy <= (-1 if tol is None else tol): break
+        P[j] = (G[i] - w@P[:j])/h2**.5
+        y = correlation[i]/h2**.5                                       # <q_j, r>
+        correlation -= y*P[j]
+        energy, support = energy - float(y*y), [*support, i]
+    return torch.tensor([support + (k - len(support))*[0]]), torch.tensor([len(support)*[True] + (k - len(support))*[False]])
 
 # %% ../nbs/05_sparse_coding.ipynb #3c5b4bf5
+def _new_row(
+    T: torch.Tensor, # inverse Cholesky factors `[b, j, j]`
+    g: torch.Tensor, # inner products of a new atom with those taken `[b, j]`
+    floor: float     # least share of the new atom that counts as new
+) -> tuple[torch.Tensor, torch.Tensor]: # row of the larger factor `[b, j + 1]`; how much of the atom is new `[b]`
+    "Take one more atom into the inverse Cholesky factor."
+    w = T@g[..., None]                   # what the basis has of it
+    h2 = 1 - w.square().sum((1, 2))      # what is new
+    row = torch.cat([-(w.mT@T)[:, 0], T.new_ones(len(T), 1)], 1)
+    return row/h2.clamp_min(floor).sqrt()[:, None], h2
+
+# %% ../nbs/05_sparse_coding.ipynb #dc117a36
 def _pursue(
-    Z: torch.Tensor,   # `[b, d]`
-    U: torch.Tensor,   # unit rows `[n, d]`
-    k: int,            # atoms per vector, at most
-    tol: float | None, # stop a vector at this squared residual
-    gram_rows          # from `_gram_rows`
+    Z: torch.Tensor,       # `[b, d]`
+    U: torch.Tensor,       # unit rows `[n, d]`
+    k: int,                # atoms per vector, at most
+    tol: float | None,     # stop a vector at this squared residual
+    G: torch.Tensor | None # Gram matrix `[n, n]`, or None to do without
 ) -> tuple[torch.Tensor, torch.Tensor]: # support `[b, k]` (indices) and which of its entries are used
-    "Greedy choice of atoms for every row of `Z`; each step removes one direction from all correlations."
-    correlation, energy, floor = Z@U.T, Z.square().sum(1), 10*torch.finfo(Z.dtype).eps
-    least, P = floor*energy.sqrt(), Z.new_zeros(len(Z), k, len(U))
-    support, used = torch.zeros(len(Z), k, dtype=torch.long, device=Z.device), torch.zeros(len(Z), k, dtype=torch.bool, device=Z.device)
+    "Greedy choice of atoms for every row of `Z`."
+    correlation = start = Z@U.T
+    energy, floor, T, c = Z.square().sum(1), 10*torch.finfo(Z.dtype).eps, Z.new_zeros(len(Z), k, k), Z.new_zeros(len(Z), k)
+    least, support, used, go = floor*energy.sqrt(), torch.zeros_like(c, dtype=torch.long), torch.zeros_like(c, dtype=torch.bool), torch.ones_like(energy, dtype=torch.bool)
     for j in range(k):
-        best, i = correlation.abs().max(1)                              # the atom nearest to the residual
-        w = P[:, :j].gather(2, i[:, None, None].expand(-1, j, 1))       # [b, j, 1]: what the basis has of it
-        h2 = 1 - w.square().sum((1, 2))                                 # [b]: what is new
-        go = (best > least) & (h2 > floor) & (energy > (-1 if tol is None else tol))
+        best, i = correlation.abs().max(1)                     # the atom nearest to the residual
+        g = (U[support[:, :j]]@U[i][..., None])[..., 0] if G is None else G[i[:, None], support[:, :j]]
+        row, h2 = _new_row(T[:, :j, :j], g, floor)
+        go = go & (best > least) & (h2 > floor) & (energy > (-1 if tol is None else tol))
         if not go.any(): break
-        scale = go/h2.clamp_min(floor).sqrt()
-        p = (gram_rows(i) - (w.mT@P[:, :j])[:, 0])*scale[:, None]       # [b, n]
-        beta = correlation.gather(1, i[:, None])*scale[:, None]         # [b, 1]: <q_j, r>
-        P[:, j], support[:, j], used[:, j] = p, i, go
-        correlation, energy = correlation - beta*p, energy - beta[:, 0].square()
+        T[:, j, :j + 1], support[:, j], used[:, j] = row*go[:, None], i, go
+        y = correlation.gather(1, i[:, None])*T[:, j, j:j + 1] # [b, 1]: <q_j, r>
+        c[:, :j + 1] += y*T[:, j, :j + 1]
+        now = support[:, :j + 1].contiguous()
+        fit = embedding_bag(now, U if G is None else G, per_sample_weights=c[:, :j + 1].contiguous(), mode='sum')
+        correlation = ((Z - fit)@U.T if G is None else start - fit).scatter_(1, now, 0.) # what is taken is explained
+        energy = energy - y[:, 0].square()
     return support, used
 
 # %% ../nbs/05_sparse_coding.ipynb #8cbc1ea3
@@ -76,9 +103,11 @@ def _least_squares(
     used: torch.Tensor     # `[b, j]`: which of them count
 ) -> torch.Tensor:         # float64 `[b, j]`, zero where not used
     "Coefficients of the best fit to each row of `Z` by its own support."
-    A = U[support].double()*used[..., None]
-    gram = A@A.mT + torch.diag_embed((~used).double() + 1e-13)
-    return torch.linalg.solve(gram, A@Z.double()[..., None])[..., 0]*used
+    def fit(z, s, u):
+        A = U[s].double()*u[..., None]
+        gram = A@A.mT + torch.diag_embed((~u).double() + 1e-13)
+        return torch.linalg.solve(gram, A@z.double()[..., None])[..., 0]*u
+    return torch.cat([fit(*part) for part in zip(Z.split(16), support.split(16), used.split(16))])
 
 # %% ../nbs/05_sparse_coding.ipynb #b74f628a
 def _fit_nonneg(
@@ -134,12 +163,15 @@ def prepared_omp(
         raise ValueError(f'k = {k} atoms from {len(D)} concepts in {D.shape[1]} dimensions: choose k from 1 to {min(D.shape)}')
     norms, table = D.norm(dim=1), table and len(D) <= 8192
     U = D/norms[:, None]
-    rows, portion = _gram_rows(U, table), max(1, 2**(23 if table else 25)//(k*len(D))) # 32 or 128 MB of float32
+    G, portion = U@U.T if table and not nonneg else None, max(1, 2**22//max(len(D), k*k)) # 16 MB of float32
+    def choose(z):
+        if nonneg: return _pursue_nonneg(z, U, k, tol)
+        return _pursue_one(z, U, k, tol, G.numpy()) if len(z) == 1 and G is not None and G.device.type == 'cpu' else _pursue(z, U, k, tol, G)
     def code(Z):
         Z, _ = _prepare(Z.to(D.dtype), D[:1])
         codes = Z.new_zeros(len(Z), len(D))
         for z, c in zip(Z.split(portion), codes.split(portion)):
-            support, used = _pursue_nonneg(z, U, k, tol) if nonneg else _pursue(z, U, k, tol, rows)
+            support, used = choose(z)
             c.scatter_add_(1, support, _least_squares(z, U, support, used).to(c.dtype))
         return codes.clamp_min_(0).div_(norms) if nonneg else codes.div_(norms)
     return code
@@ -321,8 +353,9 @@ def oblique_projection(
     """Drop the coefficients of some concepts and keep the residual: z' = z − Σ_{i in remove} c_i d_i.
 
     ValueError for mismatched shapes or an index that doesn't exist. Source: step 6 (PaCE, MOP)."""
-    z, rows = _prepare(Z, D)
-    if codes.shape != (len(z), len(rows)):
-        raise ValueError(f'codes have shape {tuple(codes.shape)}, expected {(len(z), len(rows))}: one row per vector, one column per concept')
-    out = _indices(remove, len(rows)).to(z.device)
-    return (z - codes[:, out].to(z)@rows[out]).to(Z.dtype)
+    if codes.shape != (len(Z), len(D)):
+        raise ValueError(f'codes have shape {tuple(codes.shape)}, expected {(len(Z), len(D))}: one row per vector, one column per concept')
+    out = _indices(remove, len(D)).to(codes.device)
+    out = out[codes[:, out].any(0)] # the others have nothing to take out
+    z, rows = _prepare(Z, D[out.to(D.device)] if len(out) else D[:1])
+    return (z - codes[:, out].to(z)@rows[:len(out)]).to(Z.dtype)

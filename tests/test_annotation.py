@@ -208,3 +208,37 @@ def test_spoken_reads_the_phrase_alone():
         own = [k for k, t in enumerate(mllm.tokenizer.convert_ids_to_tokens(ids)) if t.strip('Ġ".') and t.strip('Ġ') not in ('It', 'says')]
         h = mllm.read(batch, [3])[3][0][-len(ids):]
         assert torch.allclose(X[i], h[own].mean(0), atol=1e-4)
+
+
+# the vote
+
+def test_votes_against_a_loop():
+    D, sae = world()
+    kind = torch.tensor([A.LABELS[LABELS[n]] for n in NAMES])
+    for n in (1, 3, 6, 50):
+        got = A.votes_against(sae.W_dec, D.vectors, kind, n)
+        for w, row in zip(normalize(sae.W_dec, dim=1), got):
+            cos = normalize(D.vectors, dim=1)@w
+            best = cos.argsort(descending=True)[:n]
+            weight = cos[best].clamp(min=0)
+            for k, against in zip((-1, 1), row):
+                assert abs(against - (1 - weight[kind[best] == k].sum()/weight.sum().clamp(min=1e-9))) < 1e-5
+
+
+def test_vote_of_one_is_the_nearest_concept():
+    D, sae = world()
+    one, nearest = A.annotate(sae, D, LABELS, .5, 'vote', n_neighbours=1), A.annotate(sae, D, LABELS, 2., 'nearest')
+    assert torch.equal(one.label, nearest.label) and one.nearest == nearest.nearest
+    assert torch.equal(A.relabel(A.annotate(sae, D, LABELS, 1., 'vote'), .5).label, A.annotate(sae, D, LABELS, .5, 'vote').label)
+
+
+def test_vote_files_and_refusal(tmp_path):
+    D, sae = world()
+    a = A.annotate(sae, D, LABELS, .5, 'vote', n_neighbours=3)
+    A.save_atoms(a, tmp_path/'a')
+    assert A.load_atoms(tmp_path/'a').n_neighbours == 3
+    rest = json.loads((tmp_path/'a'/'atoms.json').read_text())
+    del rest['n_neighbours']  # a file of before there were votes
+    write(tmp_path/'a'/'atoms.json', json.dumps(rest))
+    assert torch.equal(A.load_atoms(tmp_path/'a').label, a.label)
+    with pytest.raises(ValueError, match='n_neighbours=0'): A.annotate(sae, D, LABELS, rule='vote', n_neighbours=0)

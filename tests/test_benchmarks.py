@@ -102,19 +102,27 @@ def test_each_peer_has_a_program_that_compiles():
         compile(bm.HEAD + program, name, "exec")
 
 
-def test_we_run_before_and_after_every_peer(monkeypatch):
-    "A ratio is a peer's time over the mean of ours on both sides; quality is compared with the best peer."
-    order, pace = [], {"ours": iter([1.0, 3.0, 1.0, 1.0]), "SAELens": iter([6.0]), "sparsify": iter([4.0]), "dictionary_learning": iter([1.0])}
-    def train(name, Z, folder, d_sae, steps):
-        order.append(name)
-        return next(pace[name]), name
-    monkeypatch.setattr(bm, "demo_rows", lambda: (None, torch.zeros(3, 2), torch.zeros(2, 2)))
-    monkeypatch.setattr(bm, "train_alone", train)
-    monkeypatch.setattr(bm, "evaluate_sae", lambda sae, z: {"fve": {"ours": 0.8, "SAELens": 0.7, "sparsify": 0.805, "dictionary_learning": 0.6}[sae]})
-    rows = bm.bench_peers()
-    assert order == ["ours", "SAELens", "ours", "sparsify", "ours", "dictionary_learning", "ours"]
-    assert [r["ratio"] for r in rows[:3]] == [3.0, 2.0, 1.0] and [r["holds"] for r in rows] == [True, True, False, True]
-    assert rows[3]["ours"] == 0.8 and abs(rows[3]["against"] - 0.8) < 1e-9
+def test_the_race_takes_turns_and_chooses_on_training_rows(monkeypatch):
+    "Two rounds, all contenders in each; a ratio is formed within a round; the rate is chosen on kept training rows, and the test rows only report."
+    order, names = [], list(bm.RATES)
+    pace = {"ours": (1.0, 2.0), "SAELens": (3.0, 8.0), "sparsify": (1.5, 3.0), "dictionary_learning": (1.0, 2.0)}
+    best = {"ours": 0.8, "SAELens": 0.7, "sparsify": 0.805, "dictionary_learning": 0.6}
+    train, test = torch.zeros(20, 2), torch.ones(7, 2)
+    def run(name, Z, folder, d_sae, steps, lr):
+        assert len(Z) == 18 and steps == 6
+        order.append((name, lr))
+        return pace[name][bm.RATES[name].index(lr)], (name, lr)
+    def judge(sae, z):
+        second = sae[1] == bm.RATES[sae[0]][1]
+        if len(z) == 2: return {"fve": 0.1 + 0.1 * second}  # kept rows: the second rate is the better one
+        return {"fve": best[sae[0]] if second else 0.99}    # test rows would have chosen the first
+    monkeypatch.setattr(bm, "demo_rows", lambda: (None, train, test))
+    monkeypatch.setattr(bm, "train_alone", run)
+    monkeypatch.setattr(bm, "evaluate_sae", judge)
+    rows = bm.bench_peers(steps=6)
+    assert order == [(n, bm.RATES[n][i]) for i in (0, 1) for n in names]
+    assert [r["ratio"] for r in rows[:3]] == [3.5, 1.5, 1.0] and [r["holds"] for r in rows] == [True, False, False, True]
+    assert rows[3]["ours"] == 0.8 and abs(rows[3]["against"] - 0.8) < 1e-9 and "6,144 samples" in rows[3]["what"]
 
 
 def test_a_peer_that_fails_says_why(tmp_path, monkeypatch):

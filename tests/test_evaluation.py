@@ -172,3 +172,26 @@ def test_judge():
     assert [v.verdict for v in verdicts] == ["declined", "unparsed", "incoherent", "right", "wrong", "unparsed", "harmless"]
     assert [v.safe for v in verdicts[:3]] == [True, False, False]
     assert judge([], []) == []
+
+
+def test_the_front_and_its_file(tmp_path):
+    "Dominated trials are off the front whatever their order; a sweep survives its CSV file; the choice is always the same."
+    trial = lambda s, o, u, f=.07, **c: dict(method="DACO" if c else "none", safe_rate=s, over_refusal=o, utility=u, fluency=f, harmful_rate=round(1 - s, 6), incoherent=0., n=48, change=c)
+    rows = [trial(.7, .02, .75), trial(.8, .02, .75, eta=.4, gamma=1.), trial(.9, .06, .75, eta=.4, gamma=2.), trial(.9, .06, .7, eta=.4, gamma=2.5), trial(.9, .06, .75, .08, eta=.2, gamma=2.),
+            trial(1., .3, .75, eta=.4, gamma=9.)]
+    assert E.on_front(rows) == [False, True, True, False, True, True] and E.on_front(rows[::-1]) == E.on_front(rows)[::-1]
+    E.save_sweep(rows, tmp_path / "s.csv")
+    again = E.load_sweep(tmp_path / "s.csv")
+    assert again == rows and not list(tmp_path.glob("*.part"))
+    best = E.choose(again[0], again[1:], .05)
+    assert best["change"] == dict(eta=.2, gamma=2.) == E.choose(again[0], again[:0:-1], .05)["change"]
+    with pytest.raises(FileNotFoundError, match="is missing"):
+        E.load_sweep(tmp_path / "none.csv")
+
+
+def test_a_sweep_tries_every_point(monkeypatch):
+    asked = []
+    monkeypatch.setattr(E, "make_methods", lambda kit, change: dict(none=None, DACO=change))
+    monkeypatch.setattr(E, "evaluate", lambda mllm, method, items, judge: asked.append(method) or ([], 0.))
+    rows = E.sweep(None, None, None, [], grid=E.SWEEP)
+    assert asked == [None, *E.SWEEP] and [r["change"] for r in rows] == [{}, *E.SWEEP]

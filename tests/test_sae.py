@@ -440,6 +440,8 @@ bad = [
     (lambda w: SAE.random(12, 24, k=2).fit(iter([w.Z]), bar=False), 'only once'),
     (lambda w: SAE.random(12, 24, k=2).fit([w.Z], bar=False), 'two batches'),
     (lambda w: SAE.random(12, 24, k=2).fit([], bar=False), 'two batches'),
+    (lambda w: SAE.random(12, 24, k=2).fit([w.Z, w.Z[:0], w.Z[:0]], bar=False), 'two batches'),
+    (lambda w: SAE.random(12, 24, k=2).fit(w.Z[:0], bar=False), 'at least two rows'),
     (lambda w: SAE.random(12, 24, k=2).fit(w.Z, bar=False, rate=1), 'Unknown setting rate'),
     (lambda w: SAE.random(12, 24, k=2).fit(w.Z, bar=False, centre='mode'), "'mode'"),
     (lambda w: SAE.random(12, 24, k=2).fold().fit(w.Z, bar=False), 'folded'),
@@ -461,3 +463,37 @@ def test_evaluate(world):
     sae = SAE.from_dictionary(world.D, k=2)
     got = evaluate_sae(sae, world.Z)
     assert got['fve'] == fve(world.Z, sae(world.Z).detach()) and got['l0'] <= 2
+
+
+@pytest.mark.parametrize('architecture', list(module.ACTIVATIONS))
+def test_no_rows_give_no_codes(architecture):
+    sae = randomised(architecture=architecture)
+    acts = sae.encode(torch.zeros(0, 6))
+    assert acts.shape == (0, 10) and sae.decode(acts).shape == sae(torch.zeros(0, 6)).shape == (0, 6)
+
+
+def test_empty_batches_in_a_stream_change_nothing(world):
+    "A store may hand out a batch without rows: it is passed over, and the weights are those of the stream without it."
+    a, b, c = world.Z.split(200)
+    def train(batches): return SAE.from_dictionary(world.D, k=2).fit(batches, seeded(0), bar=False, steps=6)
+    assert all(torch.equal(p, q) for p, q in zip(train([a, b, c]).parameters(), train([a[:0], a, b, b[:0], c, c[:0]]).parameters()))
+
+
+@pytest.mark.parametrize('architecture', list(module.ACTIVATIONS))
+def test_duplicate_concepts_train(world, architecture):
+    "Two equal rows of the dictionary: nothing turns into NaN, atoms stay of unit length, both names stay."
+    twice = torch.cat([world.D.vectors, world.D.vectors[:3]])
+    sae = SAE.from_dictionary(twice, k=2, architecture=architecture).fit(world.Z, seeded(0), bar=False, steps=30)
+    assert all(p.isfinite().all() for p in sae.parameters()) and torch.allclose(sae.W_dec.norm(dim=1), torch.ones(27), atol=1e-5)
+    assert sae.concept_index.tolist() == list(range(27))
+
+
+@quick
+@given(seeds)
+def test_permutation_and_scaling_of_concepts(seed):
+    "The order of the concepts permutes the codes, their lengths change nothing."
+    g = seeded(seed)
+    V, Z, order = torch.randn(9, 6, generator=g), torch.randn(20, 6, generator=g), torch.randperm(9, generator=g)
+    codes = SAE.from_dictionary(V, k=3).encode(Z)
+    assert torch.allclose(SAE.from_dictionary(V[order], k=3).encode(Z), codes[:, order], atol=1e-5)
+    assert torch.allclose(SAE.from_dictionary(V*(torch.rand(9, 1, generator=g) + .1), k=3).encode(Z), codes, atol=1e-5)

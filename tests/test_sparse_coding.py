@@ -1,4 +1,5 @@
 "Sparse coding: scikit-learn and scipy as oracles, properties of every solver, bad input."
+import importlib.util
 import warnings
 
 import numpy as np
@@ -8,6 +9,7 @@ from hypothesis import given, settings, strategies as st
 from scipy.optimize import nnls
 from sklearn.linear_model import ElasticNet, orthogonal_mp
 
+from daco_nb import sparse_coding
 from daco_nb.sparse_coding import duality_gap, elastic_net, oblique_projection, omp, prepared_omp
 
 quick = settings(max_examples=25, deadline=None, derandomize=True)
@@ -287,3 +289,61 @@ def test_elastic_net_reaches_a_tight_gap(tau, twin):
     for nonneg in (False, True):
         codes, gap = elastic_net(Z, D, 0.05, tau, tol=1e-11, nonneg=nonneg)
         assert gap.max() <= 1e-11 and duality_gap(Z, D, codes, 0.05, tau, nonneg).max() <= 1.1e-11
+
+
+@quick
+@given(seeds, st.integers(1, 12), st.sampled_from([None, .5, 6.]), st.booleans())
+def test_three_ways_choose_the_same_atoms(seed, k, tol, twice):
+    "One vector in NumPy, a batch with a table of Gram rows, a batch without: the same support in the same order."
+    Z, D = problem(seed, dtype=torch.float64)
+    if twice: D = torch.cat([D, D[:7]])
+    U = D/D.norm(dim=1, keepdim=True)
+    for z in (Z, 0*Z, D[:1]*2):
+        table, without = sparse_coding._pursue(z, U, k, tol, U@U.T), sparse_coding._pursue(z, U, k, tol, None)
+        same = lambda a, b: torch.equal(a % 40, b % 40)  # which of two equal rows is taken is rounding's choice
+        assert torch.equal(table[1], without[1]) and same(table[0]*table[1], without[0]*without[1])
+        for i in range(len(z)):
+            support, used = sparse_coding._pursue_one(z[i:i + 1], U, k, tol, (U@U.T).numpy())
+            assert torch.equal(used[0], table[1][i]) and same(support[0]*used[0], table[0][i]*table[1][i])
+
+
+@quick
+@given(seeds, st.floats(.05, 5), st.floats(.1, 1), st.booleans())
+def test_the_objective_never_rises_with_more_steps(seed, alpha, tau, nonneg):
+    "More rounds of the elastic net never end higher, and every answer is below the start at zero."
+    Z, D = problem(seed, dtype=torch.float64)
+    values = torch.stack([objective(Z, D, elastic_net(Z, D, alpha, tau, max_iter=i, tol=0, nonneg=nonneg)[0], alpha, tau) for i in (5, 50, 400)])
+    assert (values.diff(dim=0) <= 1e-7*values[0]).all() and (values[-1] <= .5*Z.square().sum(1) + 1e-9).all()
+
+
+@settings(quick, max_examples=10)
+@given(seeds)
+def test_elastic_net_scaling(seed):
+    "Rows twice as long and a penalty that follows: half the coefficients."
+    Z, D = problem(seed, dtype=torch.float64)
+    C, two = elastic_net(Z, D, .5, 1., tol=1e-10)[0], elastic_net(Z, 2*D, 1., 1., tol=1e-10)[0]
+    assert torch.allclose(2*two, C, atol=1e-4)
+
+
+def test_removal_looks_only_at_what_it_takes():
+    "Shapes are checked against the whole dictionary; rows that nothing uses are not read."
+    Z, D = problem(0)
+    C = omp(Z, D, 4)
+    unused = int((C == 0).all(0).nonzero()[0])
+    spoilt = D.clone()
+    spoilt[unused] = torch.nan
+    assert torch.equal(oblique_projection(Z, spoilt, C, torch.ones(len(D), dtype=torch.bool)), oblique_projection(Z, D, C, torch.ones(len(D), dtype=torch.bool)))
+    spoilt[int(C[0].abs().argmax())] = torch.nan
+    with pytest.raises(ValueError, match='NaN'): oblique_projection(Z, spoilt, C, torch.ones(len(D), dtype=torch.bool))
+
+
+@pytest.mark.skipif(importlib.util.find_spec('skglm') is None, reason='skglm is not installed')
+@pytest.mark.parametrize('tau', [.5, .9])
+def test_skglm_agrees(tau):
+    "A second opinion from a solver of another school (working sets with Anderson acceleration)."
+    from skglm import ElasticNet as Peer
+    Z, D = problem(11, 4, 60, 40, dtype=torch.float64)
+    C, gap = elastic_net(Z, D, 2., tau, tol=1e-12, max_iter=20_000)
+    peer = Peer(alpha=2./D.shape[1], l1_ratio=tau, fit_intercept=False, tol=1e-12, max_iter=1000)
+    theirs = torch.from_numpy(np.stack([peer.fit(D.numpy().T, z).coef_ for z in Z.numpy()]))
+    assert (C - theirs).abs().max() < 1e-5
