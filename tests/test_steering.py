@@ -151,10 +151,9 @@ def test_misfits_are_named(mllm, kit):
         pass
 
 
-@pytest.mark.parametrize("strength, layer", [(float("nan"), 14), (1e39, 14)])
-def test_steering_into_nan_stops(mllm, kit, strength, layer):
-    method = ActAdd(torch.ones(576), layer, strength)
-    with pytest.raises(FloatingPointError, match=r"ActAdd made the output of layer 14 NaN or infinite at token \d+ of prompt 0.*last prompt token"), steer(mllm, method):
+@pytest.mark.parametrize("strength, where", [(float("nan"), "template"), (1e38, "last prompt token")])
+def test_steering_into_nan_stops(mllm, strength, where):
+    with pytest.raises(FloatingPointError, match=rf"ActAdd made the output of layer 14 NaN or infinite at token \d+ of prompt 0.*{where}"), steer(mllm, ActAdd(torch.full((576,), 10.), 14, strength)):
         mllm.chat(None, "What is a cake?", max_new_tokens=2)
     assert mllm.chat(None, "What is a cake?", max_new_tokens=2)
 
