@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SAFE', 'ASKED', 'MEASURES', 'SHORTER', 'COLUMNS', 'feed', 'digest', 'described', 'configuration', 'flat',
            'differences', 'Run', 'as_lines', 'sample_line', 'answer', 'item_of', 'verdict_line', 'judge', 'question_of',
-           'compare', 'measures', 'fluency', 'per_token', 'paper_table', 'full_table', 'agreements', 'report', 'main',
+           'compare', 'fluency', 'measures', 'per_token', 'paper_table', 'full_table', 'agreements', 'report', 'main',
            'make_run']
 
 # %% ../nbs/09b_runs.ipynb #892241f9
@@ -19,9 +19,10 @@ from fastcore.basics import patch
 from PIL import Image
 from tqdm.auto import tqdm
 
-from . import __version__
+import daco_nb
 from .evaluation import PARTS, Item, OfflineJudge, checked, demobench, rate, sample
-from .judges import Patterns, agreement
+from .experts import EndpointError
+from .judges import Patterns, agreement, named_judge
 from .mllm import MLLM
 from .steering import load_kit, make_methods, steer
 from .stimuli import write_whole
@@ -67,7 +68,7 @@ def configuration(
 ) -> dict:
     "All that decides the answers; of the weights, the first 64 numbers of each tensor."
     weights = digest([p.flatten()[:64] for p in mllm.model.parameters()])
-    return dict(version=__version__, model=mllm.name, weights=weights, methods={n: described(m) for n, m in methods.items()},
+    return dict(version=daco_nb.__version__, model=mllm.name, weights=weights, methods={n: described(m) for n, m in methods.items()},
                 questions=len(items), content=digest([list(i) for i in items]), max_new_tokens=max_new_tokens, batch_size=batch_size)
 
 # %% ../nbs/09b_runs.ipynb #967f7ea7
@@ -95,24 +96,24 @@ class Run:
         path,        # JSONL file
         config=None  # from `configuration`; None opens what is there
     ):
-        self.path, self.samples = Path(path), {}
-        lines = self._lines() if self.path.exists() else []
-        if not lines:
-            if config is None: raise FileNotFoundError(f'{self.path} holds no run: start one with a configuration')
-            self.config = json.loads(json.dumps(config))
+        self.path, self.samples, config = Path(path), {}, config and json.loads(json.dumps(config))
+        head, *lines = (self._lines() if self.path.exists() else []) or [None]
+        if head is None and config is None: raise FileNotFoundError(f'{self.path} holds no run: start one with a configuration')
+        self.config = head['config'] if head else config
+        if head: self._check(head, config)
+        else:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            write_whole(self.path, (json.dumps(self._head()) + '\n').encode())
-            return
-        self.config = lines[0]['config']
-        if self.hash != lines[0]['hash']: raise ValueError(f'{self.path}: the configuration was edited by hand (digest {self.hash}, recorded {lines[0]["hash"]}): use another file')
-        if config is not None and (new := differences(self.config, json.loads(json.dumps(config)))):
-            raise ValueError(f'{self.path} was run with another configuration. Different are:\n  ' + '\n  '.join(new) + '\nUse another file, or the old values')
-        for line in lines[1:]: self._take(line)
+            write_whole(self.path, as_lines([self._head()]))
+        for line in lines: self._take(line)
 
     @property
     def hash(self): "Digest of the configuration."; return digest(self.config)
     def _head(self): return {'hash': self.hash, 'config': self.config}
     def key(self, method, id): "Key of a sample."; return f'{self.hash}:{method}:{id}'
+
+def as_lines(rows) -> bytes:
+    "JSON lines; characters that are half of one are written as escapes."
+    return ''.join(json.dumps(r, ensure_ascii=False, allow_nan=False) + '\n' for r in rows).encode('utf-8', 'backslashreplace')
 
 # %% ../nbs/09b_runs.ipynb #52156dfc
 @patch
@@ -129,6 +130,14 @@ def _lines(self:Run):
         except ValueError as e: raise ValueError(f'{self.path}, line {n} is damaged ({e}): restore the file, or delete this line to have its sample made again') from e
     return out
 
+# %% ../nbs/09b_runs.ipynb #e17fa83a
+@patch
+def _check(self:Run, head, config):
+    "ValueError if the file's configuration is not what it was, or not the one asked for."
+    if self.hash != head['hash']: raise ValueError(f'{self.path}: the configuration was edited by hand (digest {self.hash}, recorded {head["hash"]}): use another file')
+    if config is not None and (new := differences(self.config, config)):
+        raise ValueError(f'{self.path} was run with another configuration. Different are:\n  ' + '\n  '.join(new) + '\nUse another file, or the old values')
+
 @patch
 def _take(self:Run, line):
     "A line of the file: a sample, or the verdict of a judge on one."
@@ -138,10 +147,6 @@ def _take(self:Run, line):
     else: self.samples[key] = line
 
 # %% ../nbs/09b_runs.ipynb #38d4140a
-def as_lines(rows) -> bytes:
-    "JSON lines; characters that are half of one are written as escapes."
-    return ''.join(json.dumps(r, ensure_ascii=False, allow_nan=False) + '\n' for r in rows).encode('utf-8', 'backslashreplace')
-
 @patch
 def append(self:Run,
     rows: list[dict] # samples, or verdicts on them
@@ -238,6 +243,11 @@ def compare(
     return dict(value=value, se=se, n=len(of), questions=len({c for _, c in of.values()}), difference=change, difference_se=change_se)
 
 # %% ../nbs/09b_runs.ipynb #f3b1d241
+def fluency(s) -> list:
+    "How fluent the answer of a sample is, if a judge said so; an empty answer is not fluent."
+    return [v['fluency'] for v in s['verdicts'].values() if 'fluency' in v][:1] or [0.]*any(v['verdict'] == 'empty' for v in s['verdicts'].values())
+
+# %% ../nbs/09b_runs.ipynb #bdff6dad
 def measures(
     run: Run # judged
 ) -> pd.DataFrame:
@@ -256,10 +266,6 @@ def measures(
     for m, of in fluent.items():
         if of: add(m, 'offline', 'all', 'fluency', of, fluent.get('none', {}))
     return pd.DataFrame(rows)
-
-def fluency(s) -> list:
-    "How fluent the answer of a sample is, if a judge said so; an empty answer is not fluent."
-    return [v['fluency'] for v in s['verdicts'].values() if 'fluency' in v][:1] or [0.]*any(v['verdict'] == 'empty' for v in s['verdicts'].values())
 
 # %% ../nbs/09b_runs.ipynb #cc2ba98a
 SHORTER = {'MM-SafetyBench': 'MS', 'JailBreakV': 'JBV'}
@@ -325,6 +331,7 @@ def report(
         if len(agreements(run)): parts += ['\nAgreement', agreements(run).to_string(index=False)]
     return '\n'.join(parts)
 
+# %% ../nbs/09b_runs.ipynb #4fd607df
 def main(argv=None):
     "`python -m daco_nb.runs FILE`: answer, judge, print."
     p = argparse.ArgumentParser(prog='python -m daco_nb.runs', description='An evaluation that survives interruption: run the same command again to go on.')
@@ -335,10 +342,11 @@ def main(argv=None):
     p.add_argument('--methods', help='comma-separated names (default: all)')
     p.add_argument('--model', help='hub name or folder (default: the demo model); needs --kit')
     p.add_argument('--kit', help='folder of a kit made for the model'); p.add_argument('--settings', help='JSON file of its settings')
+    p.add_argument('--judges', default='offline,patterns', help='comma-separated: offline, patterns, qwen3guard=FOLDER, llamaguard3=, llamaguard4=, gptfuzz=FOLDER, rubric=MODEL@URL (default: %(default)s)')
     p.add_argument('--table', action='store_true', help='only print the tables of a finished run')
     a = p.parse_args(argv)
     try: print(report(Run(a.file) if a.table else make_run(a)))
-    except (ValueError, OSError, FloatingPointError) as e: sys.exit(f'daco_nb.runs: {e}')
+    except (ValueError, OSError, FloatingPointError, EndpointError) as e: sys.exit(f'daco_nb.runs: {e}')
 
 # %% ../nbs/09b_runs.ipynb #ca5fe436
 def make_run(
@@ -354,7 +362,7 @@ def make_run(
     items = sample(demobench(a.split, ('attack', 'twin')), a.limit) + sample(demobench(a.split, ('utility',)), a.utility)
     run = Run(a.file, configuration(mllm, methods, items))
     answer(run, mllm, methods, items)
-    judge(run, [OfflineJudge(), Patterns()])
+    judge(run, [named_judge(n) for n in a.judges.split(',')])
     return run
 
 # %% ../nbs/09b_runs.ipynb #643fe3cb
