@@ -179,6 +179,7 @@ def sample_line(
     return dict(key=run.key(method, item.id), id=item.id, method=method, bench=item.bench, kind=item.kind, group=item.group, form=item.form, prompt=item.text, image=image,
                 question=item.question, topic=item.topic, options=list(item.options), right=item.right, answer=said, tokens=tokens, ms=round(ms, 2), verdicts={})
 
+# %% ../nbs/09b_runs.ipynb #ca585fb2
 def answer(
     run: Run,      # of the same methods and questions
     mllm: MLLM,    # the model
