@@ -236,6 +236,7 @@ def read_kits(
         out.append(Kit(D, SAE.from_dictionary(D, k=min(k, len(D.names)), generator=g).fit(Z, generator=g, steps=steps, batch=256).requires_grad_(False), kit.harm))
     return out
 
+# %% ../nbs/08a_baselines.ipynb #a3d2f071
 def jointly(
     kits: list[Kit], # of several layers
     name: str,       # MOP or DACO
@@ -276,7 +277,7 @@ def ablations(
                'writes the answer only': replace(d, roles=(ANSWER,)), 'writes the question, too': replace(d, roles=EVERYWHERE),
                'MOP': mop, 'MOP, question too': replace(mop, roles=EVERYWHERE), 'ActAdd': act, 'ActAdd, question too': replace(act, roles=EVERYWHERE)}
     for layers in ((l,), (l - 2, l, l + 2)):
-        m = act_layers(mllm, layers, s['act_strength']); changed[m.name] = m
+        m = act_layers(mllm, layers, s['act_strength'], 12); changed[m.name] = m
     return {'none': None} | changed
 
 # %% ../nbs/08a_baselines.ipynb #42b01226
@@ -286,6 +287,6 @@ def make_baselines(
     lora=ASSETS/'llava'/'refusals.safetensors' # from `finetune`; None or a missing file leaves finetuning out
 ) -> dict: # name -> method
     "Answering again, finetuning, and DACO together with answering again."
-    out = {'Requery, caption': Requery(harmful, 'caption', 'Requery, caption'), 'Requery, reminder': Requery(harmful, 'reminder', 'Requery, reminder')}
+    out = {'Requery (caption)': Requery(harmful, 'caption', 'Requery (caption)'), 'Requery (reminder)': Requery(harmful, 'reminder', 'Requery (reminder)')}
     if lora is not None and Path(lora).exists(): out['Finetuned'] = Finetuned(load_file(lora))
-    return out | {'DACO + Requery': Joint([methods['DACO'], out['Requery, reminder']], 'DACO + Requery')}
+    return out | {'DACO + Requery': Joint([methods['DACO'], out['Requery (reminder)']], 'DACO + Requery')}

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['SAFE', 'ASKED', 'MEASURES', 'SHORTER', 'COLUMNS', 'feed', 'digest', 'described', 'configuration', 'flat',
            'differences', 'Run', 'as_lines', 'sample_line', 'answer', 'item_of', 'verdict_line', 'judge', 'question_of',
-           'compare', 'fluency', 'measures', 'per_token', 'paper_table', 'full_table', 'agreements', 'report', 'main',
-           'make_run']
+           'compare', 'benches', 'fluency', 'measures', 'per_token', 'paper_table', 'full_table', 'agreements',
+           'sees_harm', 'all_methods', 'report', 'main', 'make_run']
 
 # %% ../nbs/09b_runs.ipynb #892241f9
 import argparse, hashlib, json, os, sys, time
@@ -20,6 +20,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 import daco_nb
+from .baselines import make_baselines
 from .evaluation import PARTS, Item, OfflineJudge, checked, demobench, rate, sample
 from .experts import EndpointError
 from .judges import Patterns, agreement, named_judge
@@ -244,6 +245,11 @@ def compare(
     return dict(value=value, se=se, n=len(of), questions=len({c for _, c in of.values()}), difference=change, difference_se=change_se)
 
 # %% ../nbs/09b_runs.ipynb #f3b1d241
+def benches(s) -> tuple:
+    "Where a sample counts: everywhere, in its benchmark, and for MM-SafetyBench in a group: many papers report 01 to 07 and 09 only; 10 to 13 ask for advice."
+    group = {'08': ()} | {n: ('MM-SafetyBench 10-13',) for n in ('10', '11', '12', '13')}
+    return ('all', s['bench'], *(group.get(s['group'][:2], ('MM-SafetyBench 01-07, 09',)) if s['bench'] == 'MM-SafetyBench' else ()))
+
 def fluency(s) -> list:
     "How fluent the answer of a sample is, if a judge said so; an empty answer is not fluent."
     return [v['fluency'] for v in s['verdicts'].values() if 'fluency' in v][:1] or [0.]*any(v['verdict'] == 'empty' for v in s['verdicts'].values())
@@ -256,11 +262,11 @@ def measures(
     rows, samples = [], list(run.samples.values())
     def add(method, judge, bench, measure, of, base): rows.append(dict(method=method, judge=judge, bench=bench, measure=measure) | compare(of, base))
     for j in dict.fromkeys(j for s in samples for j in s['verdicts']):
-        for bench in ('all', *dict.fromkeys(s['bench'] for s in samples)):
+        for bench in dict.fromkeys(b for s in samples for b in benches(s)):
             for measure, (kinds, words) in MEASURES.items():
                 values = {m: {} for m in run.config['methods']}
                 for s in samples:
-                    if s['kind'] in kinds and bench in ('all', s['bench']) and j in s['verdicts']: values[s['method']][s['id']] = (s['verdicts'][j]['verdict'] in words, question_of(s))
+                    if s['kind'] in kinds and bench in benches(s) and j in s['verdicts']: values[s['method']][s['id']] = (s['verdicts'][j]['verdict'] in words, question_of(s))
                 for m, of in values.items():
                     if of: add(m, j, bench, measure, of, values.get('none', {}))
     fluent = {m: {s['id']: (f, question_of(s)) for s in samples if s['method'] == m and s['kind'] not in ('utility',) for f in fluency(s)} for m in run.config['methods']}
@@ -269,7 +275,7 @@ def measures(
     return pd.DataFrame(rows)
 
 # %% ../nbs/09b_runs.ipynb #cc2ba98a
-SHORTER = {'MM-SafetyBench': 'MS', 'JailBreakV': 'JBV'}
+SHORTER = {'MM-SafetyBench': 'MS', 'MM-SafetyBench 01-07, 09': 'MS 01-07, 09', 'MM-SafetyBench 10-13': 'MS 10-13', 'JailBreakV': 'JBV'}
 
 def per_token(
     run: Run
@@ -321,6 +327,24 @@ def agreements(
             rows.append(dict(judges=f'{a}, {b}') | agreement(*([s['verdicts'][j]['verdict'] for s in both] for j in (a, b)), [question_of(s) for s in both]))
     return pd.DataFrame(rows)
 
+# %% ../nbs/09b_runs.ipynb #ece88309
+def sees_harm(
+    judge # an `OfflineJudge`
+): # function(questions, answers) -> list of bool
+    "The judge as a classifier of answers that knows nothing of the benchmark."
+    def harmful(texts, answers):
+        items = [Item(str(k), 'attack', t, None, question=t, topic=t) for k, t in enumerate(texts)]
+        return [v.verdict == 'harmful' for v in judge(items, answers)]
+    return harmful
+
+def all_methods(
+    kit,          # of the model
+    settings=None # changes to `SETTINGS`
+) -> dict:        # name -> method
+    "Every method of the table."
+    methods = make_methods(kit, settings)
+    return methods | make_baselines(methods, sees_harm(OfflineJudge()))
+
 # %% ../nbs/09b_runs.ipynb #950a2ba1
 def report(
     run: Run # judged
@@ -356,7 +380,7 @@ def make_run(
     "Load, answer, judge."
     if a.model and not a.kit: raise ValueError(f'No kit for {a.model}: give --kit, a folder made by save_kit (daco_quickstart --model makes one)')
     mllm = MLLM.from_pretrained(a.model) if a.model else MLLM.demo()
-    methods = make_methods(load_kit(a.kit) if a.kit else load_kit(), json.loads(Path(a.settings).read_text())['settings'] if a.settings else None)
+    methods = all_methods(load_kit(a.kit) if a.kit else load_kit(), json.loads(Path(a.settings).read_text())['settings'] if a.settings else None)
     names = a.methods.split(',') if a.methods else list(methods)
     if wrong := [n for n in names if n not in methods]: raise ValueError(f'Unknown method {wrong[0]!r}: choose from {", ".join(methods)}')
     methods = {n: methods[n] for n in names}

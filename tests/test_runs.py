@@ -253,3 +253,11 @@ def test_command(tmp_path, capsys):
 def test_digest_tells_apart():
     things = [1, 1., "1", True, None, [1], [[1]], [1, 1], {"a": 1}, torch.ones(1), torch.ones(2), torch.ones(1, dtype=torch.bfloat16), SimpleNamespace(name="x"), torch.nn.Linear(1, 1)]
     assert len({R.digest(t) for t in things}) == len(things)
+
+
+def test_groups_of_mm_safetybench():
+    "08 is in neither group."
+    sample = lambda group: dict(bench="MM-SafetyBench", group=group)  # noqa: E731
+    assert [R.benches(sample(g))[2:] for g in ("07-Sex", "08-Political_Lobbying", "09-Privacy_Violence", "10-Legal_Opinion")] == [
+        ("MM-SafetyBench 01-07, 09",), (), ("MM-SafetyBench 01-07, 09",), ("MM-SafetyBench 10-13",)]
+    assert R.benches(dict(bench="JailBreakV", group="Fraud")) == ("all", "JailBreakV")
