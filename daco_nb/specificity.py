@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['SERIES', 'ASK', 'ALL', 'pictures_of', 'mentioned', 'switch', 'atoms_of', 'level', 'content', 'calibrate', 'codes',
-           'moved', 'specificity', 'summary']
+           'moved', 'specificity', 'ratio', 'summary']
 
 # %% ../nbs/09c_specificity.ipynb #6d25b9e9
-import re
+import math, re
 
 import pandas as pd
 import torch
@@ -58,6 +58,7 @@ def switch(
     label[atoms_of(kit, name)] = 1 if up else -1
     return DACO(kit.sae, label, D, up, roles=ALL)
 
+# %% ../nbs/09c_specificity.ipynb #1d77a113
 def atoms_of(
     kit: Kit,  # dictionary and autoencoder
     name: str, # a concept
@@ -88,6 +89,7 @@ def content(
     at = (torch.isin(batch['roles'], torch.tensor((IMAGE, TEXT, LAST))))[..., None].float()
     return ((kit.D.standardise(hidden)*at).sum(1)/at.sum(1))
 
+# %% ../nbs/09c_specificity.ipynb #dda630c0
 def calibrate(
     mllm: MLLM,  # the model
     kit: Kit,    # gets `levels`
@@ -145,6 +147,15 @@ def specificity(
     return pd.DataFrame(rows)
 
 # %% ../nbs/09c_specificity.ipynb #1ac75435
+def ratio(
+    put: dict, # cells of `summary`
+    ruler: str # atoms or projections
+) -> dict:
+    "Mean move of others per own move, and its standard error from those of the two (as if they were independent); NaN if its own did not move."
+    own, others = abs(put[f'{ruler}: own']), put[f'{ruler}: others']
+    value = others/own if own else math.nan
+    return {f'{ruler}: others/own': value, f'{ruler}: others/own ±': value*math.hypot(put[f'{ruler}: own ±']/own, put[f'{ruler}: others ±']/others) if own and others else math.nan}
+
 def summary(
     rows: pd.DataFrame # from `specificity`
 ) -> pd.DataFrame:
@@ -157,6 +168,6 @@ def summary(
         for ruler in ('atoms', 'projections'):
             cells |= {f'{ruler}: own': (own[f'{ruler} own'], own), f'{ruler}: others': (r[f'{ruler} others'], r)}
         for k, (x, some) in cells.items(): put[k], put[f'{k} ±'] = rate(x.tolist(), (some.concept + some.shows).tolist())
-        for ruler in ('atoms', 'projections'): put[f'{ruler}: others/own'] = put[f'{ruler}: others']/abs(put[f'{ruler}: own']) if put[f'{ruler}: own'] else float('nan')
+        for ruler in ('atoms', 'projections'): put |= ratio(put, ruler)
         table[method, 'off' if not up else f'+{up:g}'] = put | {'n own': len(own), 'n others': len(rest)}
     return pd.DataFrame(table)

@@ -89,7 +89,7 @@ def test_finetuning_learns_and_comes_off(mllm):
     data = [(*B.train_case(i, False, 5), "I'm sorry, but I can't help with that.") for i in range(2)]
     before = mllm.chat(data[0][0], data[0][1], max_new_tokens=6)
     weights = [p.clone() for p in list(mllm.model.parameters())[-4:]]
-    lora, losses = B.finetune(mllm, data, steps=8, batch=2, lr=5e-3, first=24)
+    lora, losses = B.finetune(mllm, data, steps=16, batch=2, lr=1e-2, first=24)
     assert losses[-1] < .5 * losses[0] and all(v.requires_grad is False for v in lora.values())
     with steer(mllm, B.Finetuned(lora)):
         assert "sorry" in mllm.chat(data[0][0], data[0][1], max_new_tokens=6)
