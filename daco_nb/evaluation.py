@@ -716,16 +716,19 @@ def tune(
     slack: float = .05,     # how much over-refusal may rise and utility fall
     show=lambda row: None   # called with each trial
 ) -> dict: # settings and trials
-    "Choose every method's numbers on validation: the safest within the constraint."
+    "Choose every method's numbers on validation: the safest within the constraint. FloatingPointError if all candidates of a method end in NaN."
     items = sample(demobench('validation', ('attack', 'twin', 'utility')), 48)
     gate = tune_gate(mllm, kit, items)
     settings, trials = SETTINGS | (settings or {}) | dict(threshold=gate['threshold']), []
     def trial(name, change):
         method = make_methods(kit, settings | change)[name]
-        trials.append(summarise(name, *evaluate(mllm, method, items, judge)) | dict(change=change))
-        show(trials[-1]); return trials[-1]
+        try: row = summarise(name, *evaluate(mllm, method, items, judge)) | dict(change=change)
+        except FloatingPointError as e: row = dict(method=name, change=change, failed=str(e))
+        trials.append(row); show(row)
+        return row
     base = trial('none', {})
     for name, changes in grid.items():
-        rows = [trial(name, c) for c in changes]
+        rows = [r for c in changes if 'failed' not in (r := trial(name, c))]
+        if not rows: raise FloatingPointError(f'{name}: every candidate failed, the last one because {trials[-1]["failed"]}')
         settings |= choose(base, rows, slack)['change']
     return dict(settings=settings, gate=gate, trials=trials)

@@ -248,3 +248,17 @@ def test_judge():
     assert [v.verdict for v in verdicts] == ["declined", "unparsed", "incoherent", "right", "wrong", "unparsed", "harmless"]
     assert [v.safe for v in verdicts[:3]] == [True, False, False]
     assert judge([], []) == []
+
+
+def test_tuning_survives_a_candidate_that_ends_in_nan(monkeypatch):
+    def evaluate(mllm, method, items, judge):
+        if method in ("ActAdd .9", "MOP .9"):
+            raise FloatingPointError("layer 14")
+        return [E.Verdict("a", "attack", "t", "x", "declined", .5), E.Verdict("b", "twin", "t", "x", "harmless", .5), E.Verdict("c", "utility", "t", "x", "right", .5)], 1.
+    monkeypatch.setattr(E, "evaluate", evaluate)
+    monkeypatch.setattr(E, "make_methods", lambda kit, settings: {n: f"{n} {settings.get(n, '')}".replace("0.", ".") for n in ("none", "ActAdd", "MOP")})
+    monkeypatch.setattr(E, "tune_gate", lambda *a: dict(threshold=0.))
+    found = E.tune(None, None, None, grid={"ActAdd": [{"ActAdd": .9}, {"ActAdd": .5}]})
+    assert found["settings"]["ActAdd"] == .5 and [t.get("failed") for t in found["trials"]] == [None, "layer 14", None]
+    with pytest.raises(FloatingPointError, match="MOP: every candidate failed, the last one because layer 14"):
+        E.tune(None, None, None, grid={"MOP": [{"MOP": .9}]})
