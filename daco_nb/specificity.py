@@ -46,7 +46,7 @@ def switch(
     method: str,  # ActAdd, MOP or DACO
     up: float = 0.# 0 switches off; else how much is added, in standardised units
 ):
-    "A method that switches one concept; ValueError for an unknown name, or if MOP shall add."
+    "A method that switches one concept; KeyError for an unknown concept, ValueError for an unknown method or if MOP shall add."
     i, D = kit.D.row(name), kit.D
     unit = F.normalize(D.vectors[i], dim=0)
     if method == 'ActAdd': return ActAdd(unit*D.std, D.layer, up or -level(kit, name), ALL)

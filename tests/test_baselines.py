@@ -121,8 +121,9 @@ def test_ablations_change_one_thing(mllm, kit):
 
 
 def test_kits_of_several_layers(mllm, kit, tmp_path):
-    stimuli = load_stimuli()
-    some = stimuli.select([i for i, c in enumerate(stimuli["concept"]) if c in ("dog", "pizza")])
+    stimuli, labels = load_stimuli(), kit.labels()
+    names = [next(c for c in stimuli["concept"] if labels.get(c) == word) for word in ("undesirable", "desirable")]
+    some = stimuli.select([i for i, c in enumerate(stimuli["concept"]) if c in names])
     kits = B.read_kits(mllm, kit, [13, 14], tmp_path, some.select(range(0, len(some), 3)), steps=5, k=2)
     assert [k.D.layer for k in kits] == [13, 14] and kits[0].D.names == kits[1].D.names
     for name in ("MOP", "DACO"):
@@ -142,7 +143,7 @@ def test_switch(kit):
         S.switch(kit, "dog", "MOP", 1.)
     with pytest.raises(ValueError, match="Unknown method 'x'"):
         S.switch(kit, "dog", "x")
-    with pytest.raises(ValueError):
+    with pytest.raises(KeyError, match="unicornish"):
         S.switch(kit, "unicornish", "DACO")
     with pytest.raises(ValueError, match="No drawing is called"):
         S.pictures_of("unicornish", 1)
