@@ -724,8 +724,7 @@ def tune(
         method = make_methods(kit, settings | change)[name]
         try: row = summarise(name, *evaluate(mllm, method, items, judge)) | dict(change=change)
         except FloatingPointError as e: row = dict(method=name, change=change, failed=str(e))
-        trials.append(row); show(row)
-        return row
+        trials.append(row); show(row); return row
     base = trial('none', {})
     for name, changes in grid.items():
         rows = [r for c in changes if 'failed' not in (r := trial(name, c))]

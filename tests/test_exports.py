@@ -9,6 +9,7 @@ import sys
 from types import SimpleNamespace as N
 
 import pytest
+import yaml
 from datasets import load_dataset
 from PIL import Image
 
@@ -95,6 +96,11 @@ def test_lmms_task(tmp_path):
     assert [s["attack_declined"] for s in said] == [1, None, None] and said[1]["twin_declined"] == 0 and said[2]["utility"] == 1 and not said[2]["utility_unparsed"]
     assert X.process_results(rows[2], [" "]) == dict(attack_declined=None, twin_declined=None, utility=0, utility_unparsed=1, empty=1)
     assert math.isnan(X.mean([None])) and "!function utils.process_results" in path.read_text()
+    loader = type("Loader", (yaml.SafeLoader,), {})
+    loader.add_constructor("!function", lambda load, node: getattr(X, node.value.removeprefix("utils.")))
+    task = yaml.load(path.read_text(), loader)
+    assert task["task"] == "mine" and task["dataset_kwargs"]["data_files"]["test"] == str(path.parent / "questions.parquet") and task["process_results"] is X.process_results
+    assert [m["metric"] for m in task["metric_list"]] == list(X.TOLD) and task["generation_kwargs"] == {"max_new_tokens": 24, "do_sample": False}
     space = {}
     exec((path.parent / "utils.py").read_text(), space)
     assert space["mean"] is X.mean
