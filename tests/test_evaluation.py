@@ -50,6 +50,77 @@ def test_mm_safetybench_refuses(mm):
         E.mm_safetybench(mm, scenarios=E.SCENARIOS[:1])
 
 
+def test_missing_pictures_are_listed_or_left_out(mm):
+    gone = [mm / "data/imgs" / E.SCENARIOS[0] / "SD" / f"{i}.jpg" for i in (0, 7)]
+    for p in gone:
+        p.unlink()
+    with pytest.raises(FileNotFoundError, match="2 of 6 pictures are missing.*without the 2 questions"):
+        E.mm_safetybench(mm, scenarios=E.SCENARIOS[:1])
+    with pytest.warns(UserWarning, match=f"2 of 6 questions are left out. Missing: {gone[0]}, {gone[1]}"):
+        items = E.mm_safetybench(mm, scenarios=E.SCENARIOS[:1], missing="leave out")
+    assert [i.form for i in items] == ["TYPO", "SD_TYPO"] * 2
+    with pytest.raises(ValueError, match="way with missing pictures 'skip'"):
+        E.mm_safetybench(mm, scenarios=E.SCENARIOS[:1], missing="skip")
+
+
+def test_tiny_split(mm):
+    with pytest.raises(FileNotFoundError, match="TinyVersion_ID_List.json is missing"):
+        E.mm_safetybench(mm, scenarios=E.SCENARIOS[:1], tiny=True)
+    (mm / "TinyVersion_ID_List.json").write_text(json.dumps([{"Scenario": E.SCENARIOS[0], "Sampled_ID_List": [7]}]))
+    assert [i.id for i in E.mm_safetybench(mm, scenarios=E.SCENARIOS[:2], tiny=True)] == [f"mm-attack-{E.SCENARIOS[0]}-7-{f}" for f in E.FORMS]
+
+
+def test_mirror(tmp_path):
+    "Tables as the mirror of MM-SafetyBench has them: the plain question is in another split."
+    configs = []
+    for s in E.SCENARIOS[:2]:
+        name = s.split("-", 1)[1]
+        for split in (*E.FORMS, "Text_only"):
+            rows = [{"id": str(i), "question": f"{split} {i}?", "image": None if split == "Text_only" else Image.new("RGB", (8, 8))} for i in range(2)]
+            (tmp_path / name).mkdir(exist_ok=True)
+            features = Features({"id": Value("string"), "question": Value("string"), "image": ImageFeature()})
+            Dataset.from_list(rows, features=features).to_parquet(str(tmp_path / name / f"{split}.parquet"))
+        files = "\n".join(f"  - split: {split}\n    path: {name}/{split}.parquet" for split in (*E.FORMS, "Text_only"))
+        configs.append(f"- config_name: {name}\n  data_files:\n{files}")
+    (tmp_path / "README.md").write_text("---\nconfigs:\n" + "\n".join(configs) + "\n---\n")
+    items = E.mm_mirror(tmp_path, E.SCENARIOS[:2], ("SD", "Text_only"))
+    assert [(i.text, i.question, i.image is None) for i in items[:4]] == [("SD 0?", "Text_only 0?", False), ("SD 1?", "Text_only 1?", False), ("Text_only 0?", "Text_only 0?", True), ("Text_only 1?", "Text_only 1?", True)]
+    assert len(items) == 8 and items[4].group == E.SCENARIOS[1]
+    with pytest.raises(ValueError, match="Unknown scenario"):
+        E.mm_mirror(tmp_path, ("x",))
+
+
+def test_jailbreakv_traps(tmp_path):
+    columns = ["id", "jailbreak_query", "redteam_query", "format", "policy", "image_path", "from", "selected_mini", "transfer_from_llm"]
+    rows = [[str(k), f"story {k // 4}", f"short {k // 4}", "Template", "Fraud", f"p{k}.jpg", "x", "False", "y"] for k in range(8)]
+    write_csv(tmp_path / "JailBreakV_28K.csv", columns, rows)
+    for k in (0, 1, 5):
+        Image.new("RGB", (8, 8)).save(tmp_path / f"p{k}.jpg")
+    with pytest.warns(UserWarning, match="5 of 8 pictures are missing"):
+        items = E.jailbreakv(tmp_path, missing="leave out")
+    assert [i.topic for i in items] == ["short 0", "short 0", "short 1"]  # pictures of one text are one cluster
+    assert len({tuple(i.id for i in E.sample(items, 2, seed=k)) for k in range(9)}) > 1  # drawn, not the first
+    write_csv(tmp_path / "mini_JailBreakV_28K.csv", columns, [rows[0]])
+    assert len(E.jailbreakv(tmp_path, file="mini_JailBreakV_28K.csv")) == 1
+    write_csv(tmp_path / "JailBreakV_28K.csv", columns, [[*rows[0][:3], "Poem", *rows[0][4:]]])
+    with pytest.raises(ValueError, match="Unknown format 'Poem'.*figstep"):
+        E.jailbreakv(tmp_path)
+    write_csv(tmp_path / "JailBreakV_28K.csv", columns, [[*rows[0][:5], "", *rows[0][6:]]])
+    with pytest.raises(FileNotFoundError, match="1 of 1 pictures"):
+        E.jailbreakv(tmp_path)
+
+
+def test_mossbench_metadata(tmp_path):
+    "The data set has a struct, ours the text of one."
+    for k, over in enumerate(({"over": "exaggerated risk", "child": "x"}, json.dumps({"over": "exaggerated risk"}), None)):
+        rows = [{"pid": "7", "question": "What is it?", "short description": "a toy", "metadata": over, "image": Image.new("RGB", (8, 8))}]
+        data = Dataset.from_list([{k: v for k, v in r.items() if k != "image"} for r in rows]).add_column("image", [None])
+        data = data.cast_column("image", ImageFeature()).map(lambda r: {"image": rows[0]["image"]}, features=None)
+        data.to_parquet(str(tmp_path / f"{k}.parquet"))
+        item, = E.mossbench(tmp_path / f"{k}.parquet")
+        assert (item.id, item.kind, item.group, item.topic) == ("moss-7", "sensitive", "exaggerated risk" if over else "", "7")
+
+
 def write_table(path, columns):
     with open(path, "w", newline="") as f:
         w = csv.writer(f)
@@ -110,7 +181,12 @@ def test_mmmu(tmp_path):
     rows = [dict(id="a", question="What is in <image 1>?", options="['fox', 'red fox']", answer="B", question_type="multiple-choice", subfield="animals", image_1=Image.new("RGB", (8, 8))),
             dict(id="b", question="Why?", options="[]", answer="because", question_type="open", subfield="animals", image_1=None)]
     Dataset.from_list(rows, features=Features({k: ImageFeature() if k == "image_1" else Value("string") for k in rows[0]})).to_parquet(str(tmp_path / "t.parquet"))
-    item, = E.mmmu(tmp_path / "t.parquet")
+    with pytest.warns(UserWarning, match="left out 1 open; 1 questions stay"):
+        item, = E.mmmu(tmp_path / "t.parquet")
+    many = rows[0] | {"image_1": None, "image_5": "x"}
+    Dataset.from_list([many]).to_parquet(str(tmp_path / "many.parquet"))
+    with pytest.warns(UserWarning, match="left out 1 with several pictures; 0 questions stay"):
+        assert E.mmmu(tmp_path / "many.parquet") == []
     assert item.text.startswith("What is in the picture?\n\n(A) fox\n(B) red fox\n\n") and item.image.size == (8, 8) and item.right == "B"
     for k, answer in enumerate(("?", "", "C")):
         Dataset.from_list([rows[0] | {"answer": answer, "image_1": None}]).to_parquet(str(tmp_path / f"hidden{k}.parquet"))
@@ -195,3 +271,17 @@ def test_a_sweep_tries_every_point(monkeypatch):
     monkeypatch.setattr(E, "evaluate", lambda mllm, method, items, judge: asked.append(method) or ([], 0.))
     rows = E.sweep(None, None, None, [], grid=E.SWEEP)
     assert asked == [None, *E.SWEEP] and [r["change"] for r in rows] == [{}, *E.SWEEP]
+
+
+def test_tuning_survives_a_candidate_that_ends_in_nan(monkeypatch):
+    def evaluate(mllm, method, items, judge):
+        if method in ("ActAdd .9", "MOP .9"):
+            raise FloatingPointError("layer 14")
+        return [E.Verdict("a", "attack", "t", "x", "declined", .5), E.Verdict("b", "twin", "t", "x", "harmless", .5), E.Verdict("c", "utility", "t", "x", "right", .5)], 1.
+    monkeypatch.setattr(E, "evaluate", evaluate)
+    monkeypatch.setattr(E, "make_methods", lambda kit, settings: {n: f"{n} {settings.get(n, '')}".replace("0.", ".") for n in ("none", "ActAdd", "MOP")})
+    monkeypatch.setattr(E, "tune_gate", lambda *a: dict(threshold=0.))
+    found = E.tune(None, None, None, grid={"ActAdd": [{"ActAdd": .9}, {"ActAdd": .5}]})
+    assert found["settings"]["ActAdd"] == .5 and [t.get("failed") for t in found["trials"]] == [None, "layer 14", None]
+    with pytest.raises(FloatingPointError, match="MOP: every candidate failed, the last one because layer 14"):
+        E.tune(None, None, None, grid={"MOP": [{"MOP": .9}]})

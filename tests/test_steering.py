@@ -10,7 +10,7 @@ from daco_nb.dictionary import Behaviour, ConceptDictionary
 from daco_nb.evaluation import demobench
 from daco_nb.mllm import ANSWER, IMAGE, LAST, MLLM, TEMPLATE, TEXT, Where
 from daco_nb.sae import SAE
-from daco_nb.steering import DACO, ActAdd, Gate, control_code, load_kit, make_methods, raised, steer
+from daco_nb.steering import DACO, ActAdd, Gate, control_code, load_kit, make_methods, raised, steer, watched
 
 
 @pytest.fixture(scope="module")
@@ -149,3 +149,18 @@ def test_misfits_are_named(mllm, kit):
         DACO(kit.sae, torch.zeros(len(kit.sae.W_dec)), kit.D, 1., Gate(kit.harm, 0.), b).edits(mllm)
     with pytest.raises(ValueError, match="Layer 77 does not exist"), steer(mllm, ActAdd(torch.zeros(576), 77)):
         pass
+
+
+@pytest.mark.parametrize("strength, where", [(float("nan"), "template"), (1e38, "last prompt token")])
+def test_steering_into_nan_stops(mllm, strength, where):
+    with pytest.raises(FloatingPointError, match=rf"ActAdd made the output of layer 14 NaN or infinite at token \d+ of prompt 0.*{where}"), steer(mllm, ActAdd(torch.full((576,), 10.), 14, strength)):
+        mllm.chat(None, "What is a cake?", max_new_tokens=2)
+    assert mllm.chat(None, "What is a cake?", max_new_tokens=2)
+
+
+def test_nan_made_above_the_written_layer_stops(mllm):
+    "A finite write whose squares overflow further up is found at the last layer."
+    edits = watched({3: lambda hidden, where: hidden}, 29, "x")
+    with pytest.raises(FloatingPointError, match="layer 29 NaN or infinite at token 7 of prompt 1.*answer"):
+        edits[29](torch.tensor([[[1.]], [[torch.inf]]]), Where(torch.full((2, 1), ANSWER), 7))
+    assert watched({}, 29, "x") == {}
