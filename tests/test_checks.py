@@ -1,0 +1,454 @@
+"""The checkers of the exercises: every solution passes, usual mistakes are recognised, and nonsense is explained."""
+import hashlib
+import json
+import math
+import re
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from daco_nb import checks
+from daco_nb.checks import NotYet, call, describe, diagnose, examine, factor, same
+from daco_nb.mllm import ROLES
+
+NBS = Path(__file__).resolve().parent.parent / "nbs"
+CHECKS = {n: f for n, f in vars(checks).items() if n.startswith("check_")}
+NOTEBOOKS = sorted(p for p in NBS.glob("0*.ipynb"))
+
+
+def code_cells(path):
+    "Sources of a notebook's code cells."
+    return ["".join(c["source"]) for c in json.loads(path.read_text(encoding="utf-8"))["cells"] if c["cell_type"] == "code"]
+
+
+EXERCISES = {}  # checker -> (notebook, name of the student's function, stub cell, solution cell)
+for notebook in NOTEBOOKS:
+    for cell in code_cells(notebook):
+        if found := re.search(r"^(check_\w+)\((\w+)\)$", cell, re.M):
+            pair = EXERCISES.setdefault(found[1], (notebook.stem, found[2], {}))[2]
+            assert (kind := "stub" if "#| eval: false" in cell else "solution") not in pair, f"two cells of {found[1]} are a {kind}"
+            pair[kind] = cell
+
+
+def run(cell, at):
+    "Run a cell with what its notebook imports, without the call of its checker and the lines after it."
+    space = dict(torch=torch, np=np, F=F, re=re, hashlib=hashlib, contextmanager=contextmanager, TEXT=2, LAST=4, ANSWER=5)
+    exec(cell[:cell.index(f"\n{at}(")], space)
+    return space
+
+
+def unit(x, dim=1):
+    return F.normalize(x, dim=dim)
+
+
+@contextmanager
+def unsafe(layer, v):
+    handle = layer.register_forward_hook(lambda m, a, out: out + v)
+    yield
+    handle.remove()
+
+
+@contextmanager
+def lasting(layer, v):
+    layer.register_forward_hook(lambda m, a, out: out + v)
+    yield
+
+
+@contextmanager
+def silent(layer, v):
+    handle = layer.register_forward_hook(lambda m, a, out: None)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def weighty(layer, v):
+    layer.bias.data += v
+    try:
+        yield
+    finally:
+        layer.bias.data -= v
+
+
+def twice(layer, v):
+    return unsafe(layer, 2 * v)
+
+
+@contextmanager
+def instead(layer, v):
+    handle = layer.register_forward_hook(lambda m, a, out: v.expand_as(out))
+    yield
+    handle.remove()
+
+
+@contextmanager
+def sweeping(layer, v):
+    layer.register_forward_hook(lambda m, a, out: out + v)
+    try:
+        yield
+    finally:
+        layer._forward_hooks.clear()
+
+
+@contextmanager
+def swallowing(layer, v):
+    handle = layer.register_forward_hook(lambda m, a, out: out + v)
+    try:
+        yield
+    except Exception:
+        pass
+    finally:
+        handle.remove()
+
+
+def loose(data, digest):
+    if hashlib.sha256(data).hexdigest()[:8] != digest[:8]:
+        raise ValueError(f"{hashlib.sha256(data).hexdigest()} is not {digest}")
+    return data
+
+
+def terse(data, digest):
+    if hashlib.sha256(data).hexdigest() != digest:
+        raise ValueError("wrong digest")
+    return data
+
+
+def asserted(data, digest):
+    assert hashlib.sha256(data).hexdigest() == digest
+    return data
+
+
+def at_all(words):
+    return lambda text: any(w in text.lower() for w in words)
+
+
+def last_block(blocks, k):
+    for block in blocks:
+        pass
+    return block.topk(min(k, len(block))).indices
+
+
+def thirsty(blocks, k):
+    scores = [x for block in blocks for x in block.tolist()]
+    return sorted(range(len(scores)), key=lambda i: scores[i], reverse=True)[:k]
+
+
+def stream(parts, double=True, minus=1, root=.5):
+    n = total = square = 0
+    for z in parts:
+        z = z.double() if double else z
+        n, total, square = n + len(z), total + z.sum(0), square + (z * z).sum(0)
+    return total / n, ((square - n * (total / n) ** 2) / (n - minus)).clamp(min=0) ** root
+
+
+def mean_of_means(parts):
+    means, stds = zip(*((z.double().mean(0), z.double().std(0)) for z in parts))
+    return torch.stack(means).mean(0), torch.stack(stds).mean(0)
+
+
+def labels(near=lambda b, g, eta: (b <= eta, g <= eta), cos=torch.cosine_similarity, worst_first=False):
+    "Eq. 9 with one part exchanged."
+    def answer(atoms, bad, good, eta):
+        b, g = (1 - cos(atoms, c[None]) for c in (bad, good))
+        is_bad, is_good = near(b, g, eta)
+        return torch.where(is_bad & (worst_first | ~is_good | (b <= g)), -1, torch.where(is_good, 1, 0))
+    return answer
+
+
+def spread(hits, topics, groups=False):
+    "Standard error of independent answers, or of topic means."
+    x = [np.mean([h for h, t in zip(hits, topics) if t == u]) for u in sorted(set(topics))] if groups else np.array(hits, float)
+    return np.std(x, ddof=1) / len(x) ** .5
+
+
+def agreement(a, b):
+    return np.mean([x == y for x, y in zip(a, b)])
+
+
+def luck(a, b):
+    return sum(a.count(w) * b.count(w) for w in set(a + b)) / len(a) ** 2
+
+
+def top(x, k):
+    return torch.zeros_like(x).scatter(1, x.topk(k).indices, x.topk(k).values)
+
+
+def hard(image, text, out, n, one_sided=True, score=torch.maximum):
+    s = score(image, text).clone()
+    s[out] = -99
+    return s.masked_fill((torch.minimum(image, text) >= 0) & one_sided, -99).topk(n).indices
+
+
+def omp(z, D, taken, norms=True, absolute=True, left=True):
+    r = z - torch.linalg.lstsq(D[taken].T, z[:, None]).solution[:, 0] @ D[taken] if taken and left else z
+    s = D @ r / (D.norm(dim=1) if norms else 1)
+    return taken + [int((s.abs() if absolute else s).argmax())]
+
+
+def share(z, z_hat, centre, dims):
+    above, below = (z - z_hat).square(), (z - centre).square()
+    return 1 - (above.sum(dims) / below.sum(dims)).mean()
+
+
+WRONG = {  # checker -> (wrong answer, a word of the diagnosis)
+    "check_pick": [
+        (lambda names, seed, i, g=np.random.default_rng(0): names[g.integers(len(names))], "remembers"),
+        (lambda names, seed, i: names[np.random.default_rng(seed).integers(len(names))], "index hardly matters"),
+        (lambda names, seed, i: names[np.random.default_rng(i).integers(len(names))], "seed has no effect"),
+        (lambda names, seed, i: names[np.random.default_rng(seed + i).integers(len(names))], "shifted by one")],
+    "check_verified": [(loose, "last letter"), (terse, "name both"), (asserted, "python -O"), (lambda data, digest: data, "passed"), (lambda data, digest: True, "data should come back")],
+    "check_nearest": [(lambda p, t: (p @ t.T).argmax(1), "norms"), (lambda p, t: (unit(p) @ unit(t).T).argmax(0), "of each text"),
+                      (lambda p, t: (unit(p) @ unit(t).T).argmin(1), "farthest"), (lambda p, t: (unit(p) @ unit(t).T).max(1).values, "indices")],
+    "check_outputs": [(lambda s, layers: {l: s[l] for l in layers}, "receives"), (lambda s, layers: [s[l + 1] for l in layers], "dictionary")],
+    "check_words_only": [(lambda h, r, v: h + v, "every position"), (lambda h, r, v: h + (r != 2)[..., None] * v, "other way round"),
+                         (lambda h, r, v: (h + v) * (r == 2)[..., None], "gone"), (lambda h, r, v: h.add_(v), "in place")],
+    "check_under": [(lambda cs, w: [c.name for c in cs if c.hypernyms[0] == w], "whole chain"), (lambda cs, w: [c.name for c in cs if w in " ".join(c.hypernyms)], "letters"),
+                    (lambda cs, w: [c for c in cs if w in c.hypernyms], "names are asked"), (lambda cs, w: [c.name for c in cs if w in (c.name, *c.hypernyms)], "itself")],
+    "check_commonest": [(lambda s: max(s, key=lambda x: x[2])[0], "animal or plant goes first"), (lambda s: min(s, key=lambda x: x[2])[0], "least"),
+                        (lambda s: sorted(s, key=lambda x: x[2])[-1][0], "lists the more usual"), (lambda s: min(s, key=lambda x: (x[1] != "noun.animal", -x[2]))[0], "count decides")],
+    "check_geometric_distance": [(lambda a, b: -(a * b).log(), "square root is missing"), (lambda a, b: (a + b) / 2, "arithmetic mean"), (lambda a, b: (a * b).log().sqrt(), "minus"),
+                                 (lambda a, b: (a.log() * b.log()).sqrt(), "multiplied"), (lambda a, b: (-(a * b).log10()).sqrt(), "base")],
+    "check_hard_negatives": [(lambda a, b, p, n: hard(a, b, [], n), "positive came back"), (lambda a, b, p, n: hard(a, b, p, n, False), "both halves"),
+                             (lambda a, b, p, n: (a + b).topk(n, largest=False).indices, "farthest"), (lambda a, b, p, n: hard(a, b, p, n, score=torch.add), "nearer half"),
+                             (lambda a, b, p, n: hard(a, b, p, n).flip(0), "order")],
+    "check_walk": [(lambda bs, k: [i for _, i in sorted(((s, i) for b in bs for i, s in enumerate(b.tolist())), reverse=True)][:k], "where the block starts"),
+                   (last_block, "last block"), (lambda bs, k: sorted((x for b in bs for x in b.tolist()), reverse=True)[:k], "Those are the scores"),
+                   (lambda bs, k: thirsty(bs, k)[::-1], "order"), (lambda bs, k: torch.cat(list(bs)).topk(k).indices, "in memory")],
+    "check_caption_mean": [(lambda h, c: h.mean(1), "all tokens"), (lambda h, c: h.masked_fill(~c[..., None], 0).mean(1), "number of caption tokens of each row"),
+                           (lambda h, c: h.masked_fill(~c[..., None], 0).sum(1) / c.sum(1, keepdim=True), "0/0"), (lambda h, c: h.mean(0), "rows of the batch"),
+                           (lambda h, c: (h * c[..., None]).sum(1) / c.sum(1, keepdim=True).clamp(min=1), "infinity")],
+    "check_stream": [(lambda parts: (torch.cat(list(parts)).mean(0), 0), "in memory"), (mean_of_means, "averaged the means and the standard deviations"),
+                     (lambda parts: stream(parts, minus=0), "n - 1"), (lambda parts: stream(parts, root=1), "variance"), (lambda parts: stream(parts, double=False), "double precision")],
+    "check_concept_vector": [(lambda p, n, s: (n.mean(0) - p.mean(0)) / s, "sign"), (lambda p, n, s: p.mean(0) - n.mean(0), "standardisation is missing"), (lambda p, n, s: (p.sum(0) - n.sum(0)) / s, "sums"),
+                             (lambda p, n, s: unit((p.mean(0) - n.mean(0)) / s, 0), "length 1"), (lambda p, n, s: (p.mean(1).mean() - n.mean(1).mean()) / s, "over the dimensions")],
+    "check_split_half": [(lambda p, n: torch.cosine_similarity(p[::2].mean(0), p[1::2].mean(0), dim=0), "negatives are missing"),
+                         (lambda p, n: (p[::2].mean(0) - n[::2].mean(0)) @ (p[1::2].mean(0) - n[1::2].mean(0)), "norms"),
+                         (lambda p, n: torch.cosine_similarity(p[:4].mean(0) - n[:4].mean(0), p[4:].mean(0) - n[4:].mean(0), dim=0), "middle"),
+                         (lambda p, n: torch.cosine_similarity(p[::2].mean(0) - n.mean(0), p[1::2].mean(0) - n.mean(0), dim=0), "share the same negatives")],
+    "check_separation": [(lambda p, n: (p[:, None] > n).float().mean(), "counts nothing"), (lambda p, n: (p[:, None] >= n).float().mean(), "counts fully"),
+                         (lambda p, n: (p[:, None] < n).float().mean() + (p[:, None] == n).float().mean() / 2, "negative is higher"), (lambda p, n: p.mean() - n.mean(), "difference of the means")],
+    "check_soft_threshold": [(lambda c, by: c * (c.abs() > by), "hard threshold"), (lambda c, by: (c.abs() - by).clamp(min=0), "signs are gone"), (lambda c, by: (c - by).clamp(min=0), "cut off"),
+                             (lambda c, by: c - by * c.sign(), "crossed zero")],
+    "check_omp_step": [(lambda z, D, t: omp(z, D, t, norms=False), "norm"), (lambda z, D, t: omp(z, D, t, absolute=False), "absolute"), (lambda z, D, t: omp(z, D, t, left=False), "unexplained"),
+                       (lambda z, D, t: omp(z, D, t)[-1], "whole support")],
+    "check_take_out": [(lambda z, D, c, i: z - (z @ D[i]) / (D[i] @ D[i]) * D[i], "orthogonal"), (lambda z, D, c, i: c @ D - c[i] * D[i], "residual"), (lambda z, D, c, i: z + c[i] * D[i], "added"),
+                       (lambda z, D, c, i: z - c @ D, "every concept")],
+    "check_fve": [(lambda z, h: (z - h).square().sum() / (z - z.mean(0)).square().sum(), "unexplained"), (lambda z, h: share(z, h, 0, (0, 1)), "mean is missing"),
+                  (lambda z, h: share(z, h, z.mean(0), 1), "single rows"), (lambda z, h: share(z, h, z.mean(0), 0), "single dimensions"), (lambda z, h: share(z, h, z.mean(), (0, 1)), "own mean")],
+    "check_topk": [(top, "negative entry"), (lambda x, k: x * (x.abs() >= x.abs().topk(k).values[:, -1:]), "absolute value"), (lambda x, k: x.relu(), "no more than k"),
+                   (lambda x, k: x.relu().topk(k).values, "scatter"), (lambda x, k: (top(x.relu(), k) > 0).float(), "values are asked")],
+    "check_tangent": [(lambda g, W: (g * W).sum(1, keepdim=True) * W, "should go"), (lambda g, W: g - (g * W).sum() * W, "whole matrix"), (lambda g, W: g - (g * W).sum(0) * W, "columns"),
+                      (lambda g, W: unit(g - (g * W).sum(1, keepdim=True) * W), "divided by its norm")],
+    "check_label": [(labels(lambda b, g, eta: (1 - b <= eta, 1 - g <= eta)), "compared the cosine"), (labels(cos=lambda u, v: (u * v).sum(1)), "norms are missing"),
+                    (labels(lambda b, g, eta: (b <= 9, g <= 9)), "near neither"), (labels(worst_first=True), "undesirable always won"),
+                    (lambda *a: -labels()(*a), "exchanged")],
+    "check_precision_recall": [(lambda f, t: ((f & t).sum() / t.sum(), (f & t).sum() / f.sum()), "exchanged"), (lambda f, t: ((f == t).float().mean(),) * 2, "accuracy"),
+                               (lambda f, t: (int((f & t).sum()) / max(1, int(f.sum())), (f & t).sum() / t.sum()), "nan, not 0"), (lambda f, t: (f & t).sum() / f.sum(), "both")],
+    "check_push": [(lambda h, r, v: h + v, "every position"), (lambda h, r, v: h + (r == 4)[..., None] * v, "Generated tokens"), (lambda h, r, v: h + (r == 5)[..., None] * v, "last prompt token is left"),
+                   (lambda h, r, v: torch.cat([h[:, :-1], h[:, -1:] + v], 1), "read along")],
+    "check_gated": [(lambda h, s, c, t, v: h + v * ((s * c).sum(1) / c.sum(1) > t)[:, None, None], "maximum"), (lambda h, s, c, t, v: h + v * bool((s[c] > t).any()), "opened all"),
+                    (lambda h, s, c, t, v: h + v * (s.amax(1) > t)[:, None, None], "Padding"), (lambda h, s, c, t, v: h + v * ((s > t) & c)[..., None], "only the tokens")],
+    "check_adding": [(unsafe, "finally"), (lasting, "remove the hook after"), (silent, "nothing changed"), (weighty, "never on weights"), (twice, "added twice"), (instead, "replaced"), (sweeping, "Somebody else"), (swallowing, "swallowed"),
+                     (lambda layer, v: layer.register_forward_hook(lambda m, a, out: out + v) and 3, "@contextmanager")],
+    "check_clustered_error": [(lambda h, t: spread(h, t), "independent"), (lambda h, t: (np.mean(h) * (1 - np.mean(h)) / len(h)) ** .5, "independent"),
+                              (lambda h, t: spread(h, t, groups=True), "topic means"), (lambda h, t: np.mean(h), "rate")],
+    "check_kappa": [(agreement, "plain agreement"), (lambda a, b: agreement(a, b) - luck(a, b), "1 - chance"), (lambda a, b: (agreement(a, b) - 1 / 3) / (2 / 3), "number of words"), (luck, "by luck")],
+    "check_declines": [(at_all(["sorry", "can't", "can’t", "cannot"]), "anchor"), (lambda text: text.startswith(("I'm sorry", "I can")), "curly"),
+                       (lambda text: bool(re.match(r"\s*i(['’]m sorry| can['’]t| cannot)", text, re.I)), "lookahead"),
+                       (lambda text: re.match("I'm sorry", text), "bool(")]}
+
+
+def message(check, answer):
+    "What a checker says of an answer that it must refuse."
+    with pytest.raises(NotYet) as told:
+        check(answer)
+    return str(told.value)
+
+
+def test_each_checker_is_an_exercise_and_has_wrong_answers():
+    "No checker without an exercise, none without a stub, a solution and two wrong answers; each is imported where it is used."
+    assert set(CHECKS) == set(EXERCISES) == set(WRONG)
+    assert {n.stem for n in NOTEBOOKS} == {notebook for notebook, *_ in EXERCISES.values()}
+    for name, (notebook, _, cell) in EXERCISES.items():
+        assert set(cell) == {"stub", "solution"}, name
+        assert len({words for _, words in WRONG[name]}) >= 2, f"{name} needs two wrong answers with different diagnoses"
+        assert CHECKS[name].__doc__.startswith(notebook.split("_")[0] + "."), name
+        assert "#| code-fold: true" in cell["solution"], name
+    for notebook in NOTEBOOKS:
+        assert 2 <= sum(n == notebook.stem for n, *_ in EXERCISES.values()) <= 4, notebook.stem
+
+
+@pytest.mark.parametrize("name", CHECKS)
+def test_solution(name, capsys):
+    "The notebook's own solution passes, with a word of praise."
+    _, function, cell = EXERCISES[name]
+    CHECKS[name](run(cell["solution"], name)[function])
+    assert capsys.readouterr().out.startswith("Right. ")
+
+
+class Replaced:
+    "A block without hooks: the layer's forward is exchanged for a while."
+
+    def __init__(self, layer, v):
+        self.layer, self.v = layer, v
+
+    def __enter__(self):
+        old = self.layer.forward
+        self.layer.forward = lambda x: old(x) + self.v
+
+    def __exit__(self, *error):
+        del self.layer.forward
+
+
+def welford(parts):
+    n, mean, square = 0, 0., 0.
+    for row in (row.double() for part in parts for row in part):
+        n += 1
+        step = row - mean
+        mean = mean + step / n
+        square = square + step * (row - mean)
+    return mean, (square / (n - 1)).sqrt()
+
+
+OTHERWISE = [  # right answers of another kind: loops, numpy, lists, numbers as tensors
+    ("check_pick", lambda names, seed, i: names[int(hashlib.sha256(f"{seed} {i}".encode()).hexdigest(), 16) % len(names)]),
+    ("check_nearest", lambda p, t: [int(torch.cosine_similarity(x[None], t).argmax()) for x in p]),
+    ("check_words_only", lambda h, r, v: torch.where((r == 2)[..., None], h + v, h)),
+    ("check_commonest", lambda s: sorted(s, key=lambda x: (-x[2], x[1] not in ("noun.animal", "noun.plant")))[0][0]),
+    ("check_geometric_distance", lambda a, b: np.sqrt(-np.log(a.numpy()) - np.log(b.numpy()))),
+    ("check_hard_negatives", lambda a, b, p, n: [i for _, i in sorted((-max(x, y), i) for i, (x, y) in enumerate(zip(a.tolist(), b.tolist())) if i not in p and min(x, y) < 0)][:n]),
+    ("check_walk", thirsty),
+    ("check_caption_mean", lambda h, c: torch.stack([r[m].mean(0) if m.any() else torch.zeros(h.shape[2]) for r, m in zip(h, c)])),
+    ("check_stream", welford),
+    ("check_concept_vector", lambda p, n, s: ((p / s).double().mean(0) - (n / s).double().mean(0)).numpy()),
+    ("check_split_half", lambda p, n: float(np.dot(*(x / np.linalg.norm(x) for x in ((p[i::2].mean(0) - n[i::2].mean(0)).numpy() for i in (0, 1)))))),
+    ("check_separation", lambda p, n: np.mean([(a > b) + .5 * (a == b) for a in p.tolist() for b in n.tolist()])),
+    ("check_soft_threshold", lambda c, by: (c - by).clamp(min=0) - (-c - by).clamp(min=0)),
+    ("check_omp_step", lambda z, D, t: omp(z, D, t)),
+    ("check_fve", lambda z, h: 1 - ((z - h)**2).mean() / z.var(0, correction=0).mean()),
+    ("check_topk", lambda x, k: x.relu() * (x >= x.sort(descending=True).values[:, k - 1:k])),
+    ("check_tangent", lambda g, W: torch.stack([a - torch.outer(w, w) @ a for a, w in zip(g, W)])),
+    ("check_label", lambda a, b, g, eta: labels()(a, b, g, eta).tolist()),
+    ("check_precision_recall", lambda f, t: [float("nan") if not d.any() else (f & t).sum().item() / d.sum().item() for d in (f, t)]),
+    ("check_push", lambda h, r, v: torch.where(r.unsqueeze(-1) >= 4, h + v, h)),
+    ("check_gated", lambda h, s, c, t, v: torch.stack([x + v if (y[m] > t).any() else x for x, y, m in zip(h, s, c)])),
+    ("check_adding", Replaced),
+    ("check_kappa", lambda a, b: np.float64((agreement(a, b) - luck(a, b)) / (1 - luck(a, b)))),
+    ("check_declines", lambda t: re.match(r"\s*(i.m sorry|i can.t (?!wait)|i cannot)", t, re.I) is not None)]
+
+
+@pytest.mark.parametrize("name,answer", OTHERWISE, ids=[n for n, _ in OTHERWISE])
+def test_right_otherwise(name, answer, capsys):
+    "A right answer passes, however it is written."
+    CHECKS[name](answer)
+    assert capsys.readouterr().out.startswith("Right. ")
+
+
+@pytest.mark.parametrize("name", CHECKS)
+def test_stub(name):
+    "An untouched stub is not right yet, and says so without a traceback."
+    _, function, cell = EXERCISES[name]
+    told = message(CHECKS[name], run(cell["stub"], name)[function])
+    assert "return" in told or "nothing changed" in told, told
+
+
+@pytest.mark.parametrize("name,number", [(n, i) for n, rows in WRONG.items() for i in range(len(rows))])
+def test_wrong(name, number):
+    "A usual mistake is recognised."
+    answer, words = WRONG[name][number]
+    assert words in message(CHECKS[name], answer)
+
+
+def shout(*args):
+    raise KeyError("a bug of mine")
+
+
+@pytest.mark.parametrize("name", CHECKS)
+def test_nonsense(name):
+    "None, a call instead of a function, a wrong type, a wrong shape and an exception explain themselves."
+    check = CHECKS[name]
+    assert "function" in message(check, None) and "without calling" in message(check, 3.)
+    assert "`return`" in message(check, lambda *a: None)
+    told = message(check, shout)
+    assert "KeyError: 'a bug of mine'" in told and "line" in told
+    assert "raised TypeError" in message(check, lambda: 1)  # too few parameters
+    for nonsense, words in (("nonsense", "the str 'nonsense'"), (torch.zeros(7, 5, 2), "a tensor of shape (7, 5, 2)")):
+        told = message(check, lambda *a: nonsense)
+        assert words in told, told
+
+
+@pytest.mark.parametrize("value,words", [(None, "None"), (True, "the bool True"), (2, "the int 2"), (.25, "the number 0.25"), (torch.tensor(1.), "no dimensions"), (torch.zeros(2, 5), "shape (2, 5)"),
+                                         ([1, "a"], "a list of 2: the int 1, the str 'a'"), (list(range(9)), "…"), (Path("."), "Path")])
+def test_describe(value, words):
+    assert words in describe(value)
+
+
+def test_same():
+    "Kinds, shapes and numbers must agree; NaN agrees with NaN."
+    assert same(torch.tensor([1., math.nan]), torch.tensor([1., math.nan])) and same(1, 1.) and same(np.float64(1), 1.) and same(torch.tensor(3), 3)
+    assert same(np.array([1., 2.]), torch.tensor([1., 2.])) and same(torch.tensor([1, 2]), [1, 2])
+    assert same((1., [2]), (1., [2])) and same({1: torch.zeros(2)}, {1: torch.zeros(2)})
+    for got, want in ((1.1, 1.), (True, 1), (None, 0.), (torch.zeros(1), torch.zeros(2)), ([1], [1, 2]), ({1: 2}, {2: 2}), ("a", "b"), (torch.zeros(2), 0.), ([0., 0.], torch.zeros(2))):
+        assert not same(got, want), (got, want)
+
+
+def test_general_mistakes():
+    "Sign, transpose, square, root, order and factor are recognised in any exercise."
+    want = torch.tensor([[1., 2.], [3., 5.]])
+    for got, words in ((-want, "sign"), (want.T, "transpose"), (want**2, "square root is missing"), (want**.5, "one too many"), (want * 4, "4 times"), (want[0], "shape"), (want * math.nan, "NaN"), (want + torch.eye(2), "largest difference")):
+        assert words in diagnose(got, want, (), {})
+    assert "another order" in diagnose([1, 2, 3], [2, 3, 1], (), {}) and "order is" in diagnose([1, 3, 2], [2, 3, 1], (), {})
+    assert factor(2., 1.) is None and factor("a", want) is None
+
+
+def test_call_guards_arguments():
+    "Arguments are left alone, lists too."
+    assert call(lambda x: x + 1, 1) == 2
+    with pytest.raises(NotYet, match="argument 2 in place"):
+        call(lambda n, xs: xs.sort() or xs, 0, [2, 1])
+
+
+def test_a_mistake_must_explain_every_case():
+    "If two mistakes give the same on one input, the one that fits all inputs is named."
+    usual = {"product": lambda a, b: a * b, "power": lambda a, b: a**b}
+    with pytest.raises(NotYet, match="power"):
+        examine(lambda a, b: a**b, lambda a, b: a + b, [(3, 1), (2, 3)], usual, "")
+
+
+@pytest.mark.parametrize("name", CHECKS)
+def test_every_message_can_be_reached(name, monkeypatch):
+    "Made on purpose, each usual mistake of a checker is refused, and told its own message, not that of another mistake."
+    tables = []
+    monkeypatch.setattr(checks, "examine", lambda *parts: tables.append(parts))
+    _, function, cell = EXERCISES[name]
+    CHECKS[name](run(cell["solution"], name)[function])
+    for _, oracle, cases, usual, _ in tables:
+        for why, mistakes in usual.items():
+            for mistake in mistakes if isinstance(mistakes, tuple) else (mistakes,):
+                with pytest.raises(NotYet) as told:
+                    examine(mistake, oracle, cases, usual, "")
+                assert str(told.value) == why
+
+
+def test_not_yet_in_jupyter():
+    "Jupyter shows the message, not a traceback."
+    assert NotYet("Look here.")._render_traceback_() == ["Not yet. Look here."]
+
+
+def test_roles():
+    "The role codes that the checkers know by heart are those of notebook 01."
+    assert dict(zip(ROLES, range(6))) == dict(zip(ROLES, (checks.PAD, checks.TEMPLATE, checks.TEXT, checks.IMAGE, checks.LAST, checks.ANSWER)))
+    from daco_nb import mllm
+    for name in ("PAD", "TEMPLATE", "TEXT", "IMAGE", "LAST", "ANSWER"):
+        assert getattr(mllm, name) == getattr(checks, name)
+
+
+def test_a_lasting_block_is_no_null_context():
+    "A block that does nothing is told so."
+    assert "nothing changed" in message(checks.check_adding, lambda layer, v: nullcontext())
