@@ -352,7 +352,7 @@ def under(self:ConceptDictionary,
 ) -> ConceptDictionary:
     "The concepts that are kinds of something (or are it); ValueError with near words if there are none."
     concepts = load_concepts() if concepts is None else concepts
-    own = {c.name for c in concepts if above in (c.name, c.synset, *c.hypernyms)}
+    own = {c.name for c in concepts if above in (c.name, c.synset, *c.hypernyms, *c.above)}
     if names := [n for n in self.names if n in own]: return self.select(names)
     words = {w for c in concepts for w in (c.name, *c.hypernyms)}
     raise ValueError(f'No concept of this dictionary is a kind of {above!r}; near words: {difflib.get_close_matches(above, words, 3, .5)}')

@@ -7,13 +7,15 @@ __all__ = ['IMAGE_COLUMNS', 'TEXT_COLUMNS', 'PICTURES', 'LONG', 'NEGATIVES', 'WO
            'DemoCorpus', 'open_picture', 'read_pairs', 'column', 'TableCorpus', 'read_captions', 'FolderCorpus',
            'index_tar', 'TarCorpus', 'Embeddings', 'join', 'DualEncoder', 'encode_pairs', 'write_whole', 'checksum',
            'save_shard', 'load_shard', 'embed_corpus', 'Rows', 'open_embeddings', 'one_sided', 'without',
-           'random_pairs', 'pick', 'Best', 'blocks', 'look', 'levels', 'sweep', 'measure', 'check_counts', 'as_table',
-           'encode_concepts', 'check_embeddings', 'retrieve', 'show_stimuli', 'load_stimuli', 'check_sides',
+           'random_pairs', 'pick', 'Best', 'blocks', 'look', 'levels', 'threads', 'sweep', 'measure', 'check_counts',
+           'as_table', 'encode_concepts', 'check_embeddings', 'retrieve', 'show_stimuli', 'load_stimuli', 'check_sides',
            'save_stimuli']
 
 # %% ../nbs/02_stimuli.ipynb #39bc7b50
 import csv, hashlib, json, os, tarfile, warnings
 from bisect import bisect_left, bisect_right
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -471,13 +473,15 @@ class Best:
     ) -> int:                 # how many entries were news
         "Merge a block of scores."
         best, pairs = self.scores[first:first + len(scores)], self.pairs[first:first + len(scores)]
-        at = np.flatnonzero(scores.numpy() > best[:, -1:].numpy()) # numpy is faster at this
-        if not len(at): return 0
-        rows, begin, count = np.unique(at//scores.shape[1], return_index=True, return_counts=True)
-        where = np.repeat(np.arange(len(rows)), count), np.arange(len(at)) - np.repeat(begin, count)
+        rows = (scores.amax(1) > best[:, -1]).nonzero()[:, 0]
+        if not len(rows): return 0
+        scores = scores[rows]
+        at = np.flatnonzero(scores.numpy() > best[rows, -1:].numpy()) # numpy is faster at this
+        row, column = np.divmod(at, scores.shape[1])
+        count = np.bincount(row)
+        where = row, np.arange(len(at)) - np.repeat(count.cumsum() - count, count)
         new, numbers = torch.full((len(rows), count.max()), -torch.inf), torch.full((len(rows), count.max()), -1)
-        new[where], numbers[where] = scores.view(-1)[at], torch.from_numpy(at % scores.shape[1] + start)
-        rows = torch.from_numpy(rows)
+        new[where], numbers[where] = scores.view(-1)[at], torch.from_numpy(column + start)
         best[rows], order = torch.cat([best[rows], new], 1).topk(best.shape[1])
         pairs[rows] = torch.cat([pairs[rows], numbers], 1).gather(1, order)
         return len(at)
@@ -522,6 +526,15 @@ def levels(
     return [((q@m)[:, None].float(), ((q@C)*q).sum(1, keepdim=True).clamp(min=1e-12).sqrt().float()) for m, C in moments]
 
 # %% ../nbs/02_stimuli.ipynb #2e213942
+@contextmanager
+def threads():
+    "A pool of as many threads as torch uses, each of which computes alone."
+    n = torch.get_num_threads()
+    with ThreadPoolExecutor(n, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        try: yield pool
+        finally: torch.set_num_threads(n)
+
+# %% ../nbs/02_stimuli.ipynb #3bc52776
 def sweep(
     q: torch.Tensor,   # float32 `[concepts, d]`
     embeddings: tuple, # (images, texts)
@@ -534,13 +547,15 @@ def sweep(
     "The nearest pairs and the best negatives of all concepts, in one walk over the pairs. Exact up to float32."
     near, away, parts = Best(len(q), n_near), Best(len(q), n_away) if n_away else None, q.split(block)
     means = [levels(part, moments) for part in parts] if moments else None
-    for start, (images, texts), usable in tqdm(blocks(embeddings), desc='retrieve', total=-(-len(embeddings[0])//1024), leave=False, disable=len(q)*len(embeddings[0]) < 1e9):
-        for k, part in enumerate(parts):
-            x, y = part@images.T, part@texts.T
-            hard = one_sided(x, y, means[k]) if means else None
-            x.add_(1).clamp_(2*eps, 2).mul_(y.add_(1).clamp_(2*eps, 2))
-            near.offer(_only(usable, x), k*block, start)
-            if away: away.offer(_only(usable, x.neg_() if hard is None else hard), k*block, start)
+    def tile(k):
+        x, y = parts[k]@images.T, parts[k]@texts.T
+        hard = one_sided(x, y, means[k]) if means else None
+        x.add_(1).clamp_(2*eps, 2).mul_(y.add_(1).clamp_(2*eps, 2))
+        near.offer(_only(usable, x), k*block, start)
+        if away: away.offer(_only(usable, x.neg_() if hard is None else hard), k*block, start)
+    with threads() as pool:
+        for start, (images, texts), usable in tqdm(blocks(embeddings), desc='retrieve', total=-(-len(embeddings[0])//1024), leave=False, disable=len(q)*len(embeddings[0]) < 1e9):
+            list(pool.map(tile, range(len(parts))))
     return near.pairs, away.pairs if away else None
 
 def _only(usable, scores):

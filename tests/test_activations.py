@@ -2,6 +2,8 @@
 import hashlib
 import json
 import os
+import subprocess
+import sys
 import time
 from multiprocessing import get_context
 from pathlib import Path
@@ -201,6 +203,15 @@ def test_full_disk(tmp_path, whole):
 def test_two_processes_give_the_bits_of_one(tmp_path, whole):
     both = [start(tmp_path/'s', .003, RANK=str(r), WORLD_SIZE='2') for r in range(2)]
     for p in both: p.join(60); assert p.exitcode == 0
+    assert every(tmp_path/'s') == every(whole.folder)
+
+
+def test_accelerate_launch_gives_the_bits_of_one_process(tmp_path, whole):
+    script = tmp_path/'work.py'
+    script.write_text(f'import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\nfrom test_activations import make\nmake({str(tmp_path/"s")!r})\n')
+    launch = 'accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no --main_process_port 0'
+    done = subprocess.run([sys.executable, '-m', *launch.split(), str(script)], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
     assert every(tmp_path/'s') == every(whole.folder)
 
 
