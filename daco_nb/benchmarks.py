@@ -30,6 +30,7 @@ from torch.nn.functional import normalize
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, Qwen2Config
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer, Qwen2RotaryEmbedding
 
+# %% ../nbs/11_benchmarks.ipynb #1c86be0d
 from .activations import ActivationStore, extract
 from .demo import ASSETS, by_name, cache_dir, demo_folder, scene
 from .dictionary import ConceptDictionary
@@ -183,6 +184,7 @@ def retrieve_from(
     embeddings = on_disk(folder)
     return retrieve([f'c{i}' for i in range(n)], range(len(embeddings[0])), RandomNames(), negatives=negatives, embeddings=embeddings)
 
+# %% ../nbs/11_benchmarks.ipynb #c3e315df
 def bare_products(
     folder: Path, # of `random_units`
     n: int,       # concepts

@@ -72,6 +72,7 @@ def precision_recall(
     both = (found & truth).sum().item()
     return both/found.sum().item() if found.any() else float('nan'), both/truth.sum().item()
 
+# %% ../nbs/07b_comparison.ipynb #51b9de6d
 def cross_labelled(
     score: torch.Tensor, truth: torch.Tensor, fold: torch.Tensor # of `hidden_scores`
 ) -> torch.Tensor: # bool `[m]`

@@ -64,6 +64,7 @@ def check_names(
     "ValueError for a name that does not exist."
     if wrong := [n for n in given if n not in known]: raise ValueError(f'Unknown {what} {wrong[0]!r}: choose from {", ".join(known)}')
 
+# %% ../nbs/09_evaluation.ipynb #de61a939
 def checked(
     items: list[Item],    # of a benchmark
     missing: str = 'error' # what to do if pictures are missing: `error`, or `leave out` their questions with a warning
@@ -242,6 +243,7 @@ class Ask(NamedTuple):
         w = wordings()[purpose][self.topic.type][self.topic.split]
         return w[self.number % len(w)].format(self.phrase)
 
+# %% ../nbs/09_evaluation.ipynb #9bcec003
 def asks(
     split: str,  # train, validation or test
     twin: bool   # the twins

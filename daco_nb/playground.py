@@ -359,6 +359,7 @@ def _show_switch(self:Playground):
     self.near.value = '' if atom is None else 'near ' + html.escape(near_concepts(self.kit, atom))
     self.switch.value = next(k for k, v in SWITCH.items() if v == value)
 
+# %% ../nbs/10_playground.ipynb #63c5f7f5
 @patch
 def _flip(self:Playground):
     "Set the chosen atom's label, or give it back to the rule; ask again."

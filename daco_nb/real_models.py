@@ -183,6 +183,7 @@ def timed(
     yield
     seconds[name] = time.perf_counter() - start
 
+# %% ../nbs/13_real_models.ipynb #6f1987d2
 def read_dictionary(
     mllm: MLLM,          # model
     corpus, concepts, encoder, # as for `retrieve`

@@ -209,6 +209,7 @@ def verdict_line(key, judge, v) -> dict:
     told = {'verdict': v.verdict} | ({'raw': v.raw} if getattr(v, 'raw', '') else {})
     return dict(key=key, judge=judge, verdict=told | ({'fluency': round(v.fluency, 5)} if v.fluency == v.fluency else {}))
 
+# %% ../nbs/09b_runs.ipynb #31ba6f52
 def judge(
     run: Run,      # with answers
     judges: list,  # each with a `name`, called with questions and answers

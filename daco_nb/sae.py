@@ -97,8 +97,7 @@ class SAE(nn.Module):
         super().__init__()
         if architecture not in ACTIVATIONS: raise ValueError(f'Unknown architecture {architecture!r}: choose one of {", ".join(ACTIVATIONS)}')
         if not 1 <= k <= d_sae: raise ValueError(f'k = {k} active latents of {d_sae}: choose k from 1 to d_sae')
-        self.d_in, self.d_sae, self.k, self.architecture, self.folded = d_in, d_sae, k, architecture, False
-        self.history, self.metadata = [], {}
+        self.d_in, self.d_sae, self.k, self.architecture, self.folded, self.history, self.metadata = d_in, d_sae, k, architecture, False, [], {}
         self.W_enc, self.W_dec = nn.Parameter(torch.zeros(d_in, d_sae)), nn.Parameter(torch.zeros(d_sae, d_in))
         self.b_enc, self.b_dec = nn.Parameter(torch.zeros(d_sae)), nn.Parameter(torch.zeros(d_in))
         if architecture == 'jumprelu': self.threshold = nn.Parameter(torch.zeros(d_sae))
@@ -556,8 +555,7 @@ def fit(self: SAE,
 ) -> SAE:                                     # itself; measurements are in `history`
     """Train on standardised activations; resumes from `checkpoint` to the same bits.
 
-    `history` is a list of dicts (step, fve, l0, frac_alive, dead, loss), measured on held-out rows.
-    ValueError for NaN, a wrong width, a folded SAE, or a checkpoint of another run."""
+    `history`: dicts (step, fve, l0, frac_alive, dead, loss), on held-out rows. ValueError for NaN, a wrong width, a folded SAE, or another run's checkpoint."""
     if unknown := recipe.keys() - (known := [f.name for f in fields(Recipe)]):
         raise ValueError(f'Unknown setting {", ".join(sorted(unknown))}: choose from {", ".join(known)}')
     r, device = Recipe(**recipe), self.W_dec.device

@@ -84,8 +84,7 @@ def _pursue(
         best, i = correlation.abs().max(1)                     # the atom nearest to the residual
         g = (U[support[:, :j]]@U[i][..., None])[..., 0] if G is None else G[i[:, None], support[:, :j]]
         row, h2 = _new_row(T[:, :j, :j], g, floor)
-        go = go & (best > least) & (h2 > floor) & (energy > (-1 if tol is None else tol))
-        if not go.any(): break
+        if not (go := go & (best > least) & (h2 > floor) & (energy > (-1 if tol is None else tol))).any(): break
         T[:, j, :j + 1], support[:, j], used[:, j] = row*go[:, None], i, go
         y = correlation.gather(1, i[:, None])*T[:, j, j:j + 1] # [b, 1]: <q_j, r>
         c[:, :j + 1] += y*T[:, j, :j + 1]
@@ -159,8 +158,7 @@ def prepared_omp(
 ): # function: vectors `[b, d]` -> codes `[b, n]`, in the precision of `D`
     "Orthogonal matching pursuit on one dictionary that is used again and again; ValueError as in `omp`."
     _, D = _prepare(D[:1], D)
-    if not 1 <= k <= min(D.shape):
-        raise ValueError(f'k = {k} atoms from {len(D)} concepts in {D.shape[1]} dimensions: choose k from 1 to {min(D.shape)}')
+    if not 1 <= k <= min(D.shape): raise ValueError(f'k = {k} atoms from {len(D)} concepts in {D.shape[1]} dimensions: choose k from 1 to {min(D.shape)}')
     norms, table = D.norm(dim=1), table and len(D) <= 8192
     U = D/norms[:, None]
     G, portion = U@U.T if table and not nonneg else None, max(1, 2**22//max(len(D), k*k)) # 16 MB of float32

@@ -558,6 +558,7 @@ def sweep(
             list(pool.map(tile, range(len(parts))))
     return near.pairs, away.pairs if away else None
 
+# %% ../nbs/02_stimuli.ipynb #427e7475
 def _only(usable, scores):
     "Scores in place, -inf for pairs that can't be used."
     return scores if usable.all() else scores.masked_fill_(~usable, -torch.inf)

@@ -237,8 +237,7 @@ def train_eye(
         eye.load_state_dict(state['eye']); opt.load_state_dict(state['opt']); rate.load_state_dict(state['rate']); done = state['step']
     for step, b in enumerate(scene_batches(names, steps, done, batch, 1000 + seed, ramp, text), done + 1):
         opt.zero_grad(); loss(eye, [x.to(device) for x in b]).backward()
-        nn.utils.clip_grad_norm_(eye.parameters(), 1.)
-        opt.step(); rate.step()
+        nn.utils.clip_grad_norm_(eye.parameters(), 1.); opt.step(); rate.step()
         if step % 200 == 0 or step == steps: save_state(path, eye=eye.state_dict(), opt=opt.state_dict(), rate=rate.state_dict(), step=step)
     return eye.eval()
 

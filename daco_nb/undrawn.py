@@ -57,6 +57,7 @@ def sentence(
 # %% ../nbs/04a_undrawn.ipynb #88ac739e
 KINDS = ('drawn', 'word', 'related', 'caption')
 
+# %% ../nbs/04a_undrawn.ipynb #e8c09f10
 class ConceptCorpus:
     "Image-caption pairs for every concept of a list: pairs `i*per` to `(i + 1)*per - 1` belong to concept `i`, always the same for a seed."
     def __init__(self,
