@@ -182,7 +182,7 @@ def check_pick(
     "00.1: a reproducible choice."
     names = [f'name {i}' for i in range(40)]
     first = [call(answer, names, 0, i) for i in range(30)]
-    require(all(n in names for n in first), f'Expected one of the names, got {describe(first[0])}.')
+    require(all(n in names for n in first), f'Expected one of the names, got {describe(next((n for n in first if n not in names), None))}.')
     again = [call(answer, names, 0, i) for i in reversed(range(30))][::-1]
     require(again == first, 'The same numbers gave another name the second time: you draw from a generator that remembers. Make a new one for each call, from the numbers.')
     require(len(set(first)) > 10, 'The index hardly matters: thirty indices gave almost no different names. Does the generator get `i`?')
@@ -679,9 +679,8 @@ def inside(
         with block:
             out = layer(x)
             if fail: raise KeyError('an error inside the block')
-    except KeyError:
-        if not fail: raise
-    except Exception as e: raise NotYet(f'Inside the block, this was raised: {where(e)}') from e
+    except Exception as e:
+        if not (fail and isinstance(e, KeyError)): raise NotYet(f'Inside the block, this was raised: {where(e)}') from e
     else: require(not fail, 'An error inside the block was swallowed: use try and finally, without except.')
     return out
 
@@ -765,7 +764,9 @@ def check_declines(
 ):
     "09.3: an anchored refusal pattern."
     for text, want, why in SENTENCES:
-        got = call(answer, text) if text else (answer(text) or False)
+        try: got = call(answer, text) if text else answer(text) or False
+        except NotYet: raise
+        except Exception as e: raise NotYet(f'Your function raised {where(e)}. It was given an empty text.') from e
         require(type(got) is bool, f'Expected True or False, got {describe(got)}: wrap it in bool(…), or compare with None.')
         require(got == want, f'{text!r}: {why}')
     print('Right. A lecture is no refusal, and a curly apostrophe hides none.')

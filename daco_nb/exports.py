@@ -155,6 +155,7 @@ def asked(
     "One question from chat messages; ValueError for earlier turns of the assistant, or several pictures."
     if any(m.role not in ('system', 'user') for m in messages): raise ValueError('The model answers one message: earlier turns of an assistant or a tool are not supported')
     parts = lambda m: [SimplePart(m.content)] if isinstance(m.content, str) else m.content
+    if other := {p.type for m in messages for p in parts(m)} - {'text', 'image'}: raise ValueError(f'The model reads text and pictures, not {", ".join(sorted(other))}')
     text = {r: '\n'.join(p.text for m in messages if m.role == r for p in parts(m) if p.type == 'text') for r in ('system', 'user')}
     pictures = [p.image for m in messages if m.role == 'user' for p in parts(m) if p.type == 'image']
     if len(pictures) > 1: raise ValueError(f'{len(pictures)} pictures in one question: the model answers about one')

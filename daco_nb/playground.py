@@ -94,13 +94,13 @@ def answers(
     mllm: MLLM, kit: Kit,  # model and its kit
     choice: Choice,        # what was chosen
     max_new_tokens: int = 16, # length limit
-    said: dict | None = None  # answers by (method's name, choice), from earlier calls; new ones are added
+    said: dict | None = None  # answers by (method's name, choice, length limit), from earlier calls; new ones are added
 ) -> dict[str, str]: # name of the method -> answer
     "Every chosen method's answer. With `said`, only those are asked again that depend on what changed."
     said = {} if said is None else said
     for name, method in methods_of(kit, choice).items():
-        if (key := (name, relevant(name, choice))) not in said: said[key] = answer(mllm, method, choice, max_new_tokens)
-    return {n: said[n, relevant(n, choice)] for n in choice.methods}
+        if (key := (name, relevant(name, choice), max_new_tokens)) not in said: said[key] = answer(mllm, method, choice, max_new_tokens)
+    return {n: said[n, relevant(n, choice), max_new_tokens] for n in choice.methods}
 
 # %% ../nbs/10_playground.ipynb #3bc6b198
 OWN = {'DACO (paper)': ('paper_gamma', 'paper_eta'), 'DACO': ('gamma', 'eta')} # settings that have a slider
@@ -384,7 +384,7 @@ def ask(self:Playground):
         self.result = choice, told, firing(self.mllm, self.kit, choice, told[choice.methods[0]])
         self._show()
         self.say(f'{self._counts()} Answered in {time.perf_counter() - start:.1f} s.')
-    except ValueError as e: self.say(str(e), bad=True)
+    except (ValueError, ArithmeticError, RuntimeError) as e: self.say(str(e), bad=True)
     finally: self.go.disabled = False
 
 @patch

@@ -61,7 +61,7 @@ def kv_bytes(
 ) -> int:
     "Bytes of the key-value cache: keys and values of every layer, head and token."
     c = config.get_text_config()
-    return 2*c.num_hidden_layers*c.num_key_value_heads*(c.hidden_size//c.num_attention_heads)*tokens*batch*size
+    return 2*c.num_hidden_layers*c.num_key_value_heads*(getattr(c, 'head_dim', None) or c.hidden_size//c.num_attention_heads)*tokens*batch*size
 
 def store_bytes(
     d: int,           # width of the residual stream

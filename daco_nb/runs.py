@@ -97,8 +97,9 @@ class Run:
         path,        # JSONL file
         config=None  # from `configuration`; None opens what is there
     ):
-        self.path, self.samples, config = Path(path), {}, config and json.loads(json.dumps(config))
+        self.path, self.samples, self.cut, config = Path(path), {}, None, config and json.loads(json.dumps(config))
         head, *lines = (self._lines() if self.path.exists() else []) or [None]
+        if head is not None and not (isinstance(head, dict) and {'hash', 'config'} <= head.keys()): raise ValueError(f'{self.path} is no run: its first line holds no configuration')
         if head is None and config is None: raise FileNotFoundError(f'{self.path} holds no run: start one with a configuration')
         self.config = head['config'] if head else config
         if head: self._check(head, config)
@@ -119,12 +120,12 @@ def as_lines(rows) -> bytes:
 # %% ../nbs/09b_runs.ipynb #52156dfc
 @patch
 def _lines(self:Run):
-    "Whole lines; what follows the last line break is cut off the file."
+    "Whole lines; what follows the last line break is dropped, and cut off the file before the next line is added."
     data = self.path.read_bytes()
     whole = data[:data.rfind(b'\n') + 1]
     if len(whole) < len(data):
         print(f'{self.path.name}: dropped a torn last line of {len(data) - len(whole)} bytes', file=sys.stderr)
-        os.truncate(self.path, len(whole))
+        self.cut = len(whole)
     out = []
     for n, line in enumerate(whole.split(b'\n')[:-1], 1):
         try: out.append(json.loads(line))
@@ -143,7 +144,8 @@ def _check(self:Run, head, config):
 def _take(self:Run, line):
     "A line of the file: a sample, or the verdict of a judge on one."
     key = line['key']
-    if 'judge' in line: self.samples[key]['verdicts'][line['judge']] = line['verdict']
+    if 'judge' in line:
+        if key in self.samples: self.samples[key]['verdicts'][line['judge']] = line['verdict'] # else its sample was deleted: it will be made and judged again
     elif key in self.samples: raise ValueError(f'{self.path} holds {key} twice: delete one of the two lines')
     else: self.samples[key] = line
 
@@ -153,6 +155,7 @@ def append(self:Run,
     rows: list[dict] # samples, or verdicts on them
 ):
     "Add lines and force them to the disk; OSError with the remedy if there is no room."
+    if self.cut is not None: os.truncate(self.path, self.cut); self.cut = None
     size = self.path.stat().st_size
     try:
         with open(self.path, 'ab') as f: f.write(as_lines(rows)); f.flush(); os.fsync(f.fileno())
@@ -384,11 +387,11 @@ def make_run(
     methods = all_methods(load_kit(a.kit) if a.kit else load_kit(), json.loads(Path(a.settings).read_text())['settings'] if a.settings else None)
     names = a.methods.split(',') if a.methods else list(methods)
     if wrong := [n for n in names if n not in methods]: raise ValueError(f'Unknown method {wrong[0]!r}: choose from {", ".join(methods)}')
-    methods = {n: methods[n] for n in names}
+    methods, judges = {n: methods[n] for n in names}, [named_judge(n) for n in a.judges.split(',')]
     items = sample(demobench(a.split, ('attack', 'twin')), a.limit) + sample(demobench(a.split, ('utility',)), a.utility)
     run = Run(a.file, configuration(mllm, methods, items))
     answer(run, mllm, methods, items)
-    judge(run, [named_judge(n) for n in a.judges.split(',')])
+    judge(run, judges)
     return run
 
 # %% ../nbs/09b_runs.ipynb #643fe3cb

@@ -35,7 +35,8 @@ def mentioned(
     name: str    # of a drawing
 ) -> bool:
     "Whether one of its right names is in the answer, as a word."
-    return any(re.search(rf'\b{re.escape(x)}s?\b', answer, re.I) for x in by_name()[name].names)
+    forms = [f for x in by_name()[name].names for f in (x, re.sub('fe?$', 've', x))] # knife, knives
+    return any(re.search(rf'\b{re.escape(x)}s?\b', answer, re.I) for x in forms)
 
 # %% ../nbs/09c_specificity.ipynb #38b52ecf
 ALL = (IMAGE, TEXT, LAST, ANSWER)
@@ -75,7 +76,7 @@ def level(
     name: str  # a concept
 ) -> float:    # in standardised units
     "How much of a concept its pictures hold; KeyError before `calibrate`."
-    return kit.levels[name]
+    return getattr(kit, 'levels', {})[name]
 
 def content(
     mllm: MLLM,      # the model, perhaps steered
@@ -97,6 +98,7 @@ def calibrate(
     n: int = 6   # pictures each, of their own
 ) -> Kit:
     "Measure how much of each concept its pictures hold, on pictures used for nothing else."
+    if len(names) < 2: raise ValueError('Give at least two concepts: the others say what is there anyway')
     z = {name: content(mllm, kit, pictures_of(name, n, 500)) for name in names}
     unit = {name: F.normalize(kit.D[name], dim=0) for name in names}
     other = lambda name: torch.cat([z[o] for o in names if o != name])
