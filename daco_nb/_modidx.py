@@ -962,4 +962,5 @@ d = { 'settings': { 'branch': 'main',
                                  'daco_nb.undrawn.concept_stimuli': ('undrawn.html#concept_stimuli', 'daco_nb/undrawn.py'),
                                  'daco_nb.undrawn.drawn_below': ('undrawn.html#drawn_below', 'daco_nb/undrawn.py'),
                                  'daco_nb.undrawn.relatives': ('undrawn.html#relatives', 'daco_nb/undrawn.py'),
-                                 'daco_nb.undrawn.sentence': ('undrawn.html#sentence', 'daco_nb/undrawn.py')}}}
+                                 'daco_nb.undrawn.sentence': ('undrawn.html#sentence', 'daco_nb/undrawn.py'),
+                                 'daco_nb.undrawn.speech': ('undrawn.html#speech', 'daco_nb/undrawn.py')}}}

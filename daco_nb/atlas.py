@@ -46,6 +46,7 @@ def add(self:Sightings,
     codes: torch.Tensor # of its content tokens: `[tokens, d_sae]`
 ):
     "Take in one pair."
+    if not len(codes): self.pairs += 1; return
     token, atom = codes.nonzero(as_tuple=True)
     where = torch.bucketize(codes[token, atom], EDGES)
     self.counts += torch.bincount(atom*self.counts.shape[1] + where, minlength=self.counts.numel()).view_as(self.counts)
@@ -114,13 +115,15 @@ def atom_page(
     i: int,           # number of the atom
     f: dict,          # its `facts`
     seen: Sightings,  # what it did
-    captions: dict    # pair -> caption; its picture lies in `pictures/`
+    captions: dict,   # pair -> caption
+    pictures: set     # pairs whose picture lies in `pictures/`
 ) -> str:
     "HTML page of one atom."
     e = html.escape
     rows = ''.join(f'<tr><td>{e(name)}<td>{cos:.2f}' for name, cos in f['concepts'])
     shown = [(p, c) for p, c in zip(seen.pair[:, i].tolist(), seen.code[:, i].tolist()) if c > 0]
-    grid = ''.join(f'<figure><img loading=lazy src="pictures/{p}.png" alt="{e(captions[p])}"><figcaption>{c:.1f}: {e(captions[p])}</figcaption></figure>' for p, c in shown)
+    drawn = lambda p: f'<img loading=lazy src="pictures/{p}.png" alt="{e(captions[p])}">' if p in pictures else ''
+    grid = ''.join(f'<figure>{drawn(p)}<figcaption>{c:.1f}: {e(captions[p])}</figcaption></figure>' for p, c in shown)
     return document(f'Atom {i}', f'''<p><a href="index.html">All atoms</a></p><p>Label: <b class={f["label"]}>{f["label"]}</b> (distance from the undesirable side {f["distance"]:.2f}). Began at: {e(f["began"] or "no concept")}.</p>
 <h2>Nearest concepts</h2><table><tr><th>concept<th>cosine{rows}</table><h2>What makes it fire</h2><div class=grid>{grid or "Nothing in this corpus."}</div>
 <h2>How often, how strongly</h2><p>It fires at {seen.share[i]:.2%} of {seen.tokens:,} content tokens.</p>{histogram_svg(seen.counts[i])}''')
@@ -146,12 +149,12 @@ def write_atlas(
     "Write a static HTML folder, a page per atom; FileExistsError rather than overwrite."
     folder, which = Path(folder), list(range(len(atoms)) if which is None else which)
     if folder.exists(): raise FileExistsError(f'{folder.name} is already there: choose another folder, or remove it first')
-    every, captions = {i: facts(i, sae, D, atoms) for i in which}, {}
+    every, captions, pictures = {i: facts(i, sae, D, atoms) for i in which}, {}, set()
     with atomic_folder(folder) as tmp:
         (tmp/'pictures').mkdir()
         for p in sorted(set(seen.pair[:, which][seen.code[:, which] > 0].tolist())):
             image, captions[p] = corpus[p][:2]
-            if image is not None: as_picture(image).save(tmp/'pictures'/f'{p}.png')
-        for i in which: (tmp/f'{i}.html').write_text(atom_page(i, every[i], seen, captions), encoding='utf-8')
+            if image is not None: as_picture(image).save(tmp/'pictures'/f'{p}.png'); pictures.add(p)
+        for i in which: (tmp/f'{i}.html').write_text(atom_page(i, every[i], seen, captions, pictures), encoding='utf-8')
         (tmp/'index.html').write_text(index_page(every, seen), encoding='utf-8')
     return folder/'index.html'

@@ -8,7 +8,7 @@ __all__ = ['REMINDER', 'DESCRIBE', 'EVERYWHERE', 'Requery', 'projections', 'fres
            'make_baselines']
 
 # %% ../nbs/08a_baselines.ipynb #e256f4d3
-import json, math
+import json, math, re
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -56,9 +56,9 @@ class Requery:
 def around(self:Requery, mllm):
     "While it is on, `mllm.generate` asks, reads, and asks again where harm was found."
     ask = mllm.generate
-    def generate(texts, images=None, *args, **kw):
-        images = images if images is not None else [None]*len(texts)
-        answers = ask(texts, images, *args, **kw)
+    def generate(texts, images=None, system=None, max_new_tokens=48, batch_size=16, **kw):
+        images, kw = images if images is not None else [None]*len(texts), kw | dict(system=system, max_new_tokens=max_new_tokens, batch_size=batch_size)
+        answers = ask(texts, images, **kw)
         if bad := [k for k, h in enumerate(self.harmful(texts, answers)) if h]:
             for k, a in zip(bad, self.second(ask, [texts[k] for k in bad], [images[k] for k in bad], **kw)): answers[k] = a
         return answers
@@ -138,7 +138,7 @@ def lessons(
     harmful = [(*train_case(i, False, seed), DECLINE[i % 2]) for i in range(n)]
     twins = [train_case(i, True, seed) for i in range(n)]
     own = mllm.generate([q for _, q in twins], [im for im, _ in twins], max_new_tokens=tokens, batch_size=32)
-    kept = [(*c, a) for c, a in zip(twins, own) if a and not a.lower().startswith(('i\'m sorry', 'i am sorry', 'i can\'t', 'i cannot'))]
+    kept = [(*c, a) for c, a in zip(twins, own) if a and not re.search("sorry|can['’]t|cannot", a, re.I)]
     chats = ChatCorpus(4*n)
     return harmful + kept + [chats[4*i] for i in range(n)]
 
@@ -224,11 +224,13 @@ def read_kits(
     folder: Path,    # for the activations; resumable
     stimuli=None,    # default: the shipped ones
     steps: int = 1500, # of each autoencoder
-    k: int = 32      # its active atoms
+    k: int = 32,     # its active atoms
+    corpus=None      # of the stimuli; default: the demo's
 ) -> list[Kit]:
     "A kit per layer: dictionary from the stimuli, autoencoder from the dictionary."
-    stimuli = load_stimuli() if stimuli is None else stimuli
-    store, out = extract(mllm, stimuli, DemoCorpus(), list(layers), Path(folder)), []
+    if stimuli is not None and corpus is None: raise ValueError('Stimuli of your own need their corpus: pair numbers mean nothing without it')
+    stimuli, corpus = load_stimuli() if stimuli is None else stimuli, DemoCorpus() if corpus is None else corpus
+    store, out = extract(mllm, stimuli, corpus, list(layers), Path(folder)), []
     for l in layers:
         D, g = ConceptDictionary.from_activations(store, stimuli, l), torch.Generator().manual_seed(l)
         D.behaviours |= kit.D.behaviours

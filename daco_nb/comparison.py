@@ -61,7 +61,8 @@ def best_f1(
     "The threshold with the highest F1; of equals the strictest."
     order = score.argsort(descending=True, stable=True)
     hit = truth[order].double().cumsum(0)
-    f1 = 2*hit/(torch.arange(1, len(score) + 1) + truth.sum())
+    f1, s = 2*hit/(torch.arange(1, len(score) + 1) + truth.sum()), score[order]
+    f1[:-1][s[1:] == s[:-1]] = -1 # equal scores are labelled together
     return score[order[f1.argmax()]].item()
 
 def precision_recall(
@@ -70,7 +71,7 @@ def precision_recall(
 ) -> tuple[float, float]:
     "Share of what was found that is true, share of what is true that was found; a precision of nothing is NaN."
     both = (found & truth).sum().item()
-    return both/found.sum().item() if found.any() else float('nan'), both/truth.sum().item()
+    return both/found.sum().item() if found.any() else float('nan'), both/truth.sum().item() if truth.any() else float('nan')
 
 # %% ../nbs/07b_comparison.ipynb #51b9de6d
 def cross_labelled(

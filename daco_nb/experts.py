@@ -78,7 +78,7 @@ def label_prompt(
     return TASK + c.name + (f' (a kind of {c.hypernyms[0]})' if c.hypernyms else '')
 
 # %% ../nbs/07a_experts.ipynb #99ce2240
-_LINE = re.compile(r'^[\W_]*(undesirable|desirable|neither)[*_`"\s]*:[*_`"\s]*(.*)$', re.I | re.M)
+_LINE = re.compile(r'^(?:[^\w\n]|_)*(undesirable|desirable|neither)[*_`" \t]*:[*_`" \t]*(.*)$', re.I | re.M)
 
 def parse_opinion(
     answer: str # of a model
@@ -105,6 +105,7 @@ class Asked:
         if len(answers) != len(concepts): raise ValueError(f'{self.name} gave {len(answers)} answers to {len(concepts)} questions: it must give one each')
         read = {c.name: parse_opinion(a) for c, a in zip(concepts, answers)}
         self.unparsed |= {c.name: a for c, a in zip(concepts, answers) if read[c.name] is None}
+        for n, r in read.items(): r and self.unparsed.pop(n, None)
         return [Opinion(n, *r, self.source) for n, r in read.items() if r]
 
 # %% ../nbs/07a_experts.ipynb #648b7a18
@@ -160,10 +161,11 @@ def chat(self: Endpoint,
     messages: list[dict] # in the protocol's form: role and content
 ) -> str:                # text of the answer; '' if it is empty
     "One answer; `EndpointError` if none came, with the status and what the server said."
-    key = os.environ.get(self.key_env)
+    key = os.environ.get(self.key_env, '').strip()
     headers = {'Authorization': f'Bearer {key}'} if key else {}
     body = {'model': self.model, 'messages': messages} | self.options
     try: reply = self.session.post(f'{self.url}/chat/completions', json=body, headers=headers, timeout=self.timeout)
+    except requests.exceptions.InvalidHeader: raise EndpointError(f'The key in {self.key_env} holds characters that a header may not have') from None
     except requests.RequestException as e: raise EndpointError(f'{self.url} gave no answer ({type(e).__name__}): is the server running, is timeout={self.timeout} s long enough?') from e
     if not reply.ok: raise EndpointError(f'{self.url} answered {reply.status_code}: {reply.text[:200]!r}' + (f'; is {self.key_env} set?' if reply.status_code in (401, 403) else ''))
     try: return reply.json()['choices'][0]['message']['content'] or ''
@@ -181,7 +183,8 @@ def write_table(
     path: Path,             # CSV file
     opinions: list[Opinion] # its rows
 ):
-    "Write opinions, all or nothing."
+    "Write opinions, all or nothing; ValueError for an unknown label."
+    if bad := [o for o in opinions if o.label not in LABELS]: raise ValueError(f'{bad[0].concept!r} has the label {bad[0].label!r}: choose one of {", ".join(LABELS)}')
     text = io.StringIO()
     rows = csv.writer(text, lineterminator='\n')
     rows.writerow(Opinion._fields)
@@ -197,11 +200,12 @@ def label_concepts(
 ) -> list[Opinion]:          # all rows of the table
     "Fill a table of labels; ValueError if the table that is there lacks a column or has an unknown label."
     path = Path(path)
-    rows = [Opinion(*(r[f] for f in Opinion._fields)) for r in read_table(path, Opinion._fields)] if path.exists() else []
-    known = {o.concept for o in rows}
-    todo = [c for c in concepts if c.name not in known]
+    there = lambda: [Opinion(*(r[f] for f in Opinion._fields)) for r in read_table(path, Opinion._fields)] if path.exists() else []
+    rows = there()
+    todo = [c for c in concepts if c.name not in {o.concept for o in rows}]
     for i in tqdm(range(0, len(todo), batch_size), desc='label', disable=len(todo) <= batch_size):
-        rows += expert(todo[i:i + batch_size])
+        new, rows = expert(todo[i:i + batch_size]), there() # the table may have been edited meanwhile
+        rows += [o for o in new if o.concept not in {r.concept for r in rows}]
         write_table(path, rows)
     return rows
 
