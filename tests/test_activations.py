@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from multiprocessing import get_context
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from tqdm.auto import tqdm
 
 from daco_nb.activations import KINDS, ActivationStore, Moments, Shard, extract
 from daco_nb.mllm import ANSWER, IMAGE, LAST, PAD, TEMPLATE, TEXT
@@ -66,7 +68,9 @@ def whole(tmp_path_factory):
 
 def start(folder, pause=0., **env):
     "The same work in a process of its own."
-    def work(): os.environ.update(env); make(folder, mllm=Fake(pause))
+    def work():
+        tqdm.set_lock(threading.RLock()) # else the lock of progress bars is shared, and dies locked with a process that is killed
+        os.environ.update(env); make(folder, mllm=Fake(pause))
     p = get_context('fork').Process(target=work)
     p.start()
     return p

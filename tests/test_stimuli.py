@@ -6,6 +6,7 @@ import os
 import random
 import signal
 import tarfile
+import threading
 import time
 from zlib import crc32
 
@@ -16,6 +17,7 @@ from datasets import Dataset, Features, Value
 from datasets import Image as Packed
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
+from tqdm.auto import tqdm
 from transformers import (CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, PreTrainedTokenizerFast, SiglipConfig,
                           SiglipImageProcessor, SiglipModel, SiglipProcessor)
 
@@ -334,6 +336,7 @@ def test_kill_9_then_resume(tmp_path):
     rng = random.Random(0)
     for _ in range(6):
         if (pid := os.fork()) == 0: # a child that starts to embed and is killed somewhere
+            tqdm.set_lock(threading.RLock()) # else the lock of progress bars is shared, and dies locked with the child
             try: run(Slow(), 'killed')
             finally: os._exit(0)
         time.sleep(rng.uniform(.01, .06)); os.kill(pid, signal.SIGKILL)
