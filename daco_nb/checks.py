@@ -8,9 +8,11 @@ __all__ = ['ALWAYS', 'PAD', 'TEMPLATE', 'TEXT', 'IMAGE', 'LAST', 'ANSWER', 'SENT
            'check_verified', 'check_nearest', 'check_outputs', 'check_words_only', 'Word', 'check_under',
            'check_commonest', 'check_geometric_distance', 'check_hard_negatives', 'handed_out', 'check_walk',
            'check_caption_mean', 'running', 'check_stream', 'check_concept_vector', 'check_split_half',
-           'check_separation', 'check_soft_threshold', 'check_omp_step', 'check_take_out', 'check_fve', 'check_topk',
-           'check_tangent', 'check_label', 'check_precision_recall', 'check_push', 'check_gated', 'inside',
-           'check_adding', 'check_clustered_error', 'check_kappa', 'check_declines']
+           'check_separation', 'check_negatives', 'check_soft_threshold', 'check_omp_step', 'check_take_out',
+           'check_fve', 'check_topk', 'check_tangent', 'check_label', 'check_precision_recall', 'check_read_label',
+           'check_alarm_auc', 'check_top_pairs', 'check_push', 'check_gated', 'inside', 'check_adding', 'watched',
+           'check_requery', 'check_clustered_error', 'check_kappa', 'check_declines', 'check_guard', 'check_to_do',
+           'moves', 'check_collateral', 'check_one_question']
 
 # %% ../nbs/15_checks.ipynb #80e3283c
 import contextlib, copy, hashlib, math, traceback, weakref
@@ -469,6 +471,24 @@ def check_separation(
         'That is the share of positives above the mean of the negatives: every positive meets every negative.': lambda p, n: (p > n.mean()).float().mean().item(),
     }, '.5 is chance, 1 is perfect separation.')
 
+# %% ../nbs/15_checks.ipynb #e7802fdd
+def check_negatives(
+    answer # function (drawn, own, per, count) -> pair numbers
+):
+    "04a.1: negatives in the same sentences."
+    for drawn, own, per, count in (([5, 2, 7, 2, 0, 2, 3, 8, 5, 1, 4, 6], 2, 4, 8), ([1, 0, 3, 1, 2, 1, 0], 0, 2, 4)):
+        got = call(answer, drawn, own, per, count)
+        pairs = got.tolist() if hasattr(got, 'tolist') else got
+        require(isinstance(pairs, (list, tuple)) and all(isinstance(p, int) for p in pairs), f'Expected a list of pair numbers, got {describe(got)}.')
+        require(len(pairs) == count, f'Expected {count} negatives, got {len(pairs)}.')
+        about = [p//per for p in pairs]
+        require(own not in about, 'A pair of the concept itself is among its negatives: leave out every place where it was drawn.')
+        require(set(about) <= set(drawn), 'A pair belongs to a concept that was not drawn: pair j of concept o has the number o*per + j.')
+        require(sorted(about) == sorted([o for o in drawn if o != own][:count]), 'Take one pair from each of the first concepts that were drawn, not several from a few: negatives should be about many things.')
+        times = [sum(p % per == j for p in pairs) for j in range(per)]
+        require(len(set(times)) == 1, f'The sentences 0 to {per - 1} come {times} times, but each should come {count//per} times. Count the places after the concept itself was left out.')
+    print('Right. What positives and negatives share now cancels, and the word is left.')
+
 # %% ../nbs/15_checks.ipynb #5d47f38c
 def check_soft_threshold(
     answer # function (c, by) -> c
@@ -626,6 +646,74 @@ def check_precision_recall(
         'That is one number: give both, precision and recall.': lambda f, t: oracle(f, t)[0],
     }, 'A loose threshold buys recall with precision.')
 
+# %% ../nbs/15_checks.ipynb #9e84fc02
+def check_read_label(
+    answer # function (line) -> a label, or 'unparsed'
+):
+    "07a.1: a strict reading of one line."
+    labels, before = ('undesirable', 'desirable', 'neither'), lambda line: line.partition(':')[0] if ':' in line else ''
+    lines = ['undesirable: a weapon made to stab people', 'Desirable: helps people who are hurt', '  neither: an everyday thing', 'neither: hardly undesirable',
+             'I would call it undesirable: it hurts', 'undesirable or desirable: it depends', 'desirable', 'Sorry: no idea']
+    def exact(word, otherwise='unparsed'): return word if word in labels else otherwise
+    def search(test, text=str, order=labels): return lambda line: next((w for w in order if test(text(line).strip().lower(), w)), 'unparsed')
+    inside = lambda text, word: word in text
+    examine(answer, lambda line: exact(before(line).strip().lower()), [(line,) for line in lines], {
+        'The letters of "desirable" are inside "undesirable": compare whole words.': tuple(search(inside, f, o) for f in (str, before) for o in (('desirable', 'undesirable', 'neither'), labels[::-1])),
+        'You looked for a label anywhere in the line: "neither: hardly undesirable" says neither. The label stands before the colon.': search(inside),
+        'What stands before the colon must be one label and nothing else: whoever says two has said none.': (search(str.startswith), search(inside, before), search(str.startswith, before), search(inside, lambda line: line.partition(':')[0])),
+        'A label without a colon is not in the form that was asked for: it is unparsed.': lambda line: exact(line.partition(':')[0].strip().lower()),
+        'A capital letter hid a label: turn it into small letters first.': lambda line: exact(before(line).strip()),
+        'Spaces hid a label: strip them.': lambda line: exact(before(line).lower()),
+        'What can\'t be read is unparsed: you made it *neither*, an opinion that nobody gave.': lambda line: exact(before(line).strip().lower(), 'neither'),
+        'That is what stands before the colon, whatever it is: only the three labels count.': lambda line: line.partition(':')[0].strip().lower(),
+    }, 'A guess would have entered the table as an opinion.')
+
+# %% ../nbs/15_checks.ipynb #9a533277
+def check_alarm_auc(
+    answer # function (high, low) -> AUC; both are lists of tensors, a score per token
+):
+    "07b.1: the AUC of the loudest token."
+    high = [torch.tensor(x) for x in ([0., 3., 0.], [1., 0., 0., 0.], [2., 2.], [0., 0., .5])]
+    low = [torch.tensor(x) for x in ([1., 0.], [.5]*6, [0., 2.], [0.]*4)]
+    def area(f, tie=.5):
+        def of(h, l):
+            a, b = ([f(x.tolist()) for x in part] for part in (h, l))
+            return mean((x > y) + tie*(x == y) for x in a for y in b)
+        return of
+    pooled = lambda parts: [x[None] for p in parts for x in p]
+    examine(answer, area(max), [(high, low), (high[1:], low[:3])], {
+        'You took the mean over tokens: one loud word is lost in a long prompt. Take the maximum.': area(mean),
+        'You took the sum over tokens: a long prompt is loud by its length. Take the maximum.': area(sum),
+        'You took the last token of each prompt: take the loudest.': area(lambda x: x[-1]),
+        'You compared single tokens: a prompt gets one score, its loudest token.': lambda h, l: area(max)(pooled(h), pooled(l)),
+        'A tie counts nothing here: let it count half.': area(max, 0),
+        'A tie counts fully here: let it count half.': area(max, 1),
+        'That is the share in which the harmless prompt is louder.': lambda h, l: area(max)(l, h),
+        'You compared the i-th with the i-th: compare every harmful prompt with every harmless one.': lambda h, l: mean((max(a) > max(b)) + .5*(max(a) == max(b)) for a, b in zip(*([x.tolist() for x in p] for p in (h, l)))),
+    }, '.5 is a coin, 1 is an alarm that some threshold makes perfect.')
+
+# %% ../nbs/15_checks.ipynb #814935ec
+def check_top_pairs(
+    answer # function (code [n], pair [n], k) -> pair numbers, strongest first
+):
+    "07c.1: the best pairs of an atom."
+    code, pair = torch.tensor([.9, 3., 1.5, 1., 1., 1., 0., .3, 0., 2.]), torch.tensor([4, 11, 11, 7, 7, 7, 9, 2, 2, 2])
+    def ranked(c, p, k, score=max, fired=0., sign=1):
+        codes = {i: [x for x, j in zip(c.tolist(), p.tolist()) if i == j] for i in p.tolist()}
+        some = {i: score(x) for i, x in codes.items() if max(x) > fired}
+        return sorted(some, key=lambda i: -sign*some[i])[:k]
+    order = lambda c: sorted((i for i, x in enumerate(c.tolist()) if x > 0), key=lambda i: -c[i].item())
+    examine(answer, ranked, [(code, pair, 2), (code, pair, 3), (code, pair, 9)], {
+        'A pair came twice: it has many tokens, and its best one counts.': (lambda c, p, k: [p[i].item() for i in order(c)][:k], lambda c, p, k: p[c.topk(min(k, len(c))).indices].tolist()),
+        'You took the k best tokens and then left out repeats, so fewer than k pairs are left: leave out repeats first.': lambda c, p, k: list(dict.fromkeys(p[i].item() for i in order(c)[:k])),
+        'A pair that never fired the atom is shown: leave out codes of 0.': lambda c, p, k: ranked(c, p, k, fired=-1.),
+        'You added up the codes of a pair: a long caption wins by its length. Take the highest.': lambda c, p, k: ranked(c, p, k, sum),
+        'You took the mean over a pair: its best token counts.': lambda c, p, k: ranked(c, p, k, mean),
+        'You took the last code of each pair: a later token replaced a better one.': lambda c, p, k: ranked(c, p, k, lambda x: x[-1]),
+        'Those are places in the list: look up their pairs.': lambda c, p, k: order(c)[:k],
+        'Those are the codes: the numbers of the pairs are asked for.': lambda c, p, k: [max(x for x, j in zip(c.tolist(), p.tolist()) if j == i) for i in ranked(c, p, k)],
+    }, 'Different pictures on a page say more than one picture three times.')
+
 # %% ../nbs/15_checks.ipynb #35354fb8
 def check_push(
     answer # function (hidden [b, t, d], roles [b, t], v [d]) -> hidden
@@ -704,6 +792,38 @@ def check_adding(
     require(len(layer._forward_hooks) == 1, 'A hook is still registered on the layer, though it no longer acts: remove its handle.')
     print('Right. The layer is as it was, whatever happened inside.')
 
+# %% ../nbs/15_checks.ipynb #a9b941cd
+def watched(
+    ask,     # function (prompts) -> answers
+    due: set # prompts that may be asked again
+):
+    "The same function; NotYet if it is asked what need not be asked."
+    def asking(prompts):
+        require(isinstance(prompts, (list, tuple)), f'`ask` takes a list of prompts, and got {describe(prompts)}.')
+        require(len(prompts) > 0, 'You called `ask` with an empty list: where nothing was harmful, ask nothing.')
+        require(set(prompts) <= due, 'You asked again where the first answer was harmless: each question costs an answer, and changes one that was good.')
+        return ask(prompts)
+    return asking
+
+# %% ../nbs/15_checks.ipynb #77c6733b
+def check_requery(
+    answer # function (prompts, answers, harmful, ask) -> answers
+):
+    "08a.1: a second answer, only after harm."
+    prompts, first = [f'question {i}' for i in range(5)], [f'first answer to question {i}' for i in range(5)]
+    ask = lambda ps: [f'second answer to {p}' for p in ps]
+    def pick(xs, harmful, yes=True): return [x for x, h in zip(xs, harmful) if h == yes]
+    def watching(p, a, h, ask): return call(answer, p, a, h, watched(ask, set(pick(p, h))))
+    examine(watching, lambda p, a, h, ask: [ask([q])[0] if bad else x for q, x, bad in zip(p, a, h)],
+            [(prompts, first, h, ask) for h in ([False, True, False, True, False], [False, False, True, True, True], [False]*5)], {
+        'The second answers stand at the end: each belongs in the place of the first one.': lambda p, a, h, ask: pick(a, h, False) + ask(pick(p, h)),
+        'Those are the second answers only: harmless first answers stay.': lambda p, a, h, ask: ask(pick(p, h)),
+        'The harmless answers alone came back: ask again for the others.': lambda p, a, h, ask: pick(a, h, False),
+        'The first answers came back, harmful ones too.': lambda p, a, h, ask: a[:],
+        'The second answers went to the first places: remember where each harmful answer stood.': lambda p, a, h, ask: ask(pick(p, h)) + a[sum(h):],
+        'The second answers were added, and the harmful ones are still there: put them in their place.': lambda p, a, h, ask: a + ask(pick(p, h)),
+    }, 'What was harmless has cost nothing.')
+
 # %% ../nbs/15_checks.ipynb #5b3e603e
 def check_clustered_error(
     answer # function (hits, topics) -> standard error
@@ -770,3 +890,111 @@ def check_declines(
         require(type(got) is bool, f'Expected True or False, got {describe(got)}: wrap it in bool(…), or compare with None.')
         require(got == want, f'{text!r}: {why}')
     print('Right. A lecture is no refusal, and a curly apostrophe hides none.')
+
+# %% ../nbs/15_checks.ipynb #c6abc000
+def check_guard(
+    answer # function (words) -> 'safe', 'harmful' or 'unparsed'
+):
+    "09a.1: a guard read to the letter."
+    heard = ['safe', '\n\nunsafe\nS2,S9', ' safe\n', 'unsafe\nS14', 'unsafe', 'It is safe.', 'This is unsafe', 'unsafe\nS77', 'unsafe\nS2 and more', 'safe\nS1', '']
+    known = {f'S{i}' for i in range(1, 15)}
+    def read(words, strip=str.strip, codes=lambda line: {c.strip() for c in line.split(',')} <= known, otherwise='unparsed'):
+        first, *rest = strip(words).split('\n')
+        if first == 'safe' and not rest: return 'safe'
+        return 'harmful' if first == 'unsafe' and len(rest) == 1 and codes(rest[0]) else otherwise
+    head = lambda words: {'safe': 'safe', 'unsafe': 'harmful'}.get(words.strip().split('\n')[0], 'unparsed')
+    examine(answer, read, [(words,) for words in heard], {
+        'The letters of "safe" are inside "unsafe": compare whole lines.': (lambda w: 'safe' if 'safe' in w else 'unparsed', lambda w: 'safe' if 'safe' in w else 'harmful'),
+        'You looked for a word anywhere: a sentence such as "It is safe." is talk, not a verdict. Compare whole lines.': (
+            lambda w: 'harmful' if 'unsafe' in w else 'safe' if 'safe' in w else 'unparsed', lambda w: 'harmful' if 'unsafe' in w else 'safe'),
+        'What can\'t be read is unparsed, never safe.': (lambda w: read(w, otherwise='safe'), lambda w: 'harmful' if head(w) == 'harmful' else 'safe'),
+        'What can\'t be read is unparsed: you called it harmful, and babble would count as harm.': lambda w: read(w, otherwise='harmful'),
+        'You read the first line alone: *unsafe* needs a line of codes, and *safe* must have none.': head,
+        'A guard writes line breaks and spaces around its verdict: strip them.': lambda w: read(w, str),
+        'The line of codes may hold anything here: each must be one of S1 to S14.': lambda w: read(w, codes=bool),
+        'There may be several codes, with commas between them.': lambda w: read(w, codes=known.__contains__),
+        'There is no hazard S77: codes go from S1 to S14.': lambda w: read(w, codes=lambda line: all(c.strip()[:1] == 'S' and c.strip()[1:].isdigit() for c in line.split(','))),
+    }, 'Silence and babble are counted, and count for nobody.')
+
+# %% ../nbs/15_checks.ipynb #b66f2ed4
+def check_to_do(
+    answer # function (text, keys) -> keys whose sample is not finished
+):
+    "09b.1: what is left to do."
+    keys, head = ['none:a', 'none:b', 'DACO:a', 'DACO:b'], '{"hash": "0", "config": {}}\n'
+    a, c = '{"key": "none:a", "answer": "Ask \\"DACO:b\\"."}\n', '{"key": "DACO:a", "answer": "No.\\n"}\n'
+    def left(done): return lambda text, keys: [k for k in keys if k not in done(text)]
+    key = lambda line: line.split('"')[3]
+    whole = lambda text: [key(line) for line in text.split('\n')[1:-1]]
+    examine(answer, left(whole), [(head + c + a, keys), (head + a + c[:-9], keys), (head + a + c[:-1], keys), (head, keys)], {
+        'A last line without a line break is torn, even if it can be read: nobody knows whether it went to the disk.': left(lambda text: [key(x) for x in text.split('\n')[1:] if x.endswith('}')]),
+        'A torn line counts as finished here: drop what follows the last line break.': left(lambda text: [key(x) for x in text.split('\n')[1:] if x]),
+        'You dropped the last line although it is whole: only what follows the last line break is torn.': left(lambda text: [key(x) for x in text.splitlines()[1:-1]]),
+        'You searched the text for the keys: an answer may quote one. Read each line, and take its key.': (left(str), left(lambda text: text[:text.rfind('\n')])),
+        'Those are finished: the others are asked for.': (lambda text, keys: [k for k in keys if k in whole(text)], lambda text, keys: whole(text)),
+        'Everything would be made again: what is finished should stay.': lambda text, keys: keys[:],
+    }, 'Whoever starts the same command again goes on here.')
+
+# %% ../nbs/15_checks.ipynb #6ca01248
+def moves(
+    before: torch.Tensor, # `[n, m]`
+    after: torch.Tensor,  # `[n, m]`
+    own: list,            # columns of the switched concept
+    size=abs,             # of a change of another column
+    total=sum,            # of the changes of its own columns
+    all: bool = False     # count its own columns among the others
+) -> tuple[list, list]:   # a number per row, a list per row
+    "What a switch does to a concept, and to the others."
+    rows = [[y - x for x, y in zip(*r)] for r in zip(before.tolist(), after.tolist())]
+    return [total([r[i] for i in own]) for r in rows], [[size(x) for i, x in enumerate(r) if all or i not in own] for r in rows]
+
+# %% ../nbs/15_checks.ipynb #f1092378
+def check_collateral(
+    answer # function (before [n, m], after [n, m], own) -> move of others per own move
+):
+    "09c.1: collateral damage."
+    before = torch.tensor([[1., 4., 0., 2., 1.], [0., 3., 1., 5., 0.], [2., 2., 0., 1., 1.]])
+    change = torch.tensor([[.5, -2., 0., -1., -.25], [-1., -1., .5, 1., 0.], [0., -1., .75, -2., 1.]])
+    share = lambda x, y: x/y if y else math.nan
+    def ratio(per=mean, **how):
+        def of(b, a, own):
+            mine, others = moves(b, a, own, **how)
+            return share(mean(map(per, others)), abs(mean(mine)))
+        return of
+    sides = lambda b, a, own: (mean(map(mean, moves(b, a, own)[1])), mean(moves(b, a, own)[0]))
+    examine(answer, ratio(), [(before, before + change, [1, 3]), (before, before + change*torch.tensor([1, 0, 1, 0, 1]), [1, 3])], {
+        'The concept is among the others: leave its own entries out.': ratio(all=True),
+        'Ups and downs of the others cancel: take absolute changes before the mean.': (ratio(size=float), lambda b, a, own: abs(ratio(size=float)(b, a, own))),
+        'You added up the others: take their mean, or a larger dictionary does more damage.': ratio(per=sum),
+        'You took the mean over the entries of the concept: together they are the concept, so add them up.': ratio(total=mean),
+        'Its own entries may move in opposite ways: add them up with their signs.': ratio(total=lambda xs: sum(map(abs, xs))),
+        'The move of the concept is negative when it is switched off: divide by its size.': lambda b, a, own: share(*sides(b, a, own)),
+        'That is own move per move of others: it is asked for the other way round.': lambda b, a, own: share(abs(sides(b, a, own)[1]), sides(b, a, own)[0]) if sides(b, a, own)[1] else math.nan,
+    } | {f'Its own entries did not move, so there is no ratio: give nan, not {x}.': lambda b, a, own, x=x: ratio()(b, a, own) if sides(b, a, own)[1] else x for x in (0., math.inf)},
+    'Small is specific, if its own move is not small, too.')
+
+# %% ../nbs/15_checks.ipynb #171336cd
+def check_one_question(
+    answer # function (content) -> (text, picture or None)
+):
+    "09d.1: a message with a picture."
+    text, image = (lambda s: dict(type='text', text=s)), (lambda s: dict(type='image', image=s))
+    contents = ['What is this?', [text('What is this?'), image('cat.png')], [image('bee.png'), text('Look.'), text('What is it?')], [text('Who?')], [image('a.png'), text('Which?'), image('b.png')]]
+    def split(content, join='\n'.join, pick=lambda images: images[0] if len(images) < 2 else None):
+        if isinstance(content, str): return content, None
+        images = [p['image'] for p in content if p['type'] == 'image']
+        return join([p['text'] for p in content if p['type'] == 'text']), pick(images) if images else None
+    many = lambda content: not isinstance(content, str) and sum(p['type'] == 'image' for p in content) > 1
+    def fails(f): return lambda content: 'a ValueError' if many(content) else f(content)
+    def told(content):
+        try: return call(answer, content)
+        except NotYet as e:
+            if many(content) and isinstance(e.__cause__, ValueError): return 'a ValueError'
+            raise
+    examine(told, fails(split), [(c,) for c in contents], {
+        'One of two pictures was lost without a word: raise a ValueError.': (lambda c: split(c, pick=lambda xs: xs[0]), lambda c: split(c, pick=lambda xs: xs[-1]), split),
+        'Only the first text came back: join all of them.': (fails(lambda c: split(c, lambda ts: ts[0])), lambda c: split(c, lambda ts: ts[0], lambda xs: xs[0])),
+        'Texts were joined without a line break: words of two parts would run together.': (fails(lambda c: split(c, ''.join)), fails(lambda c: split(c, ' '.join))),
+        'Those are lists of pictures: give the one picture, or None.': (fails(lambda c: split(c, pick=list)), fails(lambda c: (split(c)[0], [split(c)[1]] if split(c)[1] else []))),
+        'Text and picture are exchanged: text comes first.': fails(lambda c: split(c)[::-1]),
+    }, 'Nothing of the question was lost on the way.')

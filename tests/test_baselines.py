@@ -10,7 +10,7 @@ from daco_nb.demo import by_name, scene
 from daco_nb.evaluation import demobench
 from daco_nb.mllm import LAST, MLLM, TEXT
 from daco_nb.steering import ActAdd, Prompting, load_kit, make_methods, steer
-from daco_nb.stimuli import load_stimuli
+from daco_nb.stimuli import DemoCorpus, load_stimuli
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +50,7 @@ def test_requery_asks_only_the_harmful_again():
         said = fake.generate(["good", "bad", "fine"], ["i", "j", None], max_new_tokens=3)
     assert said == ["<good+>", "<bad+>", "<fine>"] and "generate" not in vars(fake)
     again = fake.asked[1]
-    assert again[0] == [f"bad\n{B.REMINDER}"] and again[1] == ["j"] and again[2] == {"max_new_tokens": 3}
+    assert again[0] == [f"bad\n{B.REMINDER}"] and again[1] == ["j"] and again[2] == {"max_new_tokens": 3, "system": None, "batch_size": 16}
     with steer(fake, B.Requery(lambda t, a: [False] * len(t))):
         fake.asked.clear()
         fake.generate(["bad"], ["i"])
@@ -124,7 +124,9 @@ def test_kits_of_several_layers(mllm, kit, tmp_path):
     stimuli, labels = load_stimuli(), kit.labels()
     names = [next(c for c in stimuli["concept"] if labels.get(c) == word) for word in ("undesirable", "desirable")]
     some = stimuli.select([i for i, c in enumerate(stimuli["concept"]) if c in names])
-    kits = B.read_kits(mllm, kit, [13, 14], tmp_path, some.select(range(0, len(some), 3)), steps=5, k=2)
+    kits = B.read_kits(mllm, kit, [13, 14], tmp_path, some.select(range(0, len(some), 3)), steps=5, k=2, corpus=DemoCorpus())
+    with pytest.raises(ValueError, match="need their corpus"):
+        B.read_kits(mllm, kit, [13, 14], tmp_path, some)
     assert [k.D.layer for k in kits] == [13, 14] and kits[0].D.names == kits[1].D.names
     for name in ("MOP", "DACO"):
         joint = B.jointly(kits, name, {})

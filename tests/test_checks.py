@@ -36,7 +36,7 @@ for notebook in NOTEBOOKS:
 
 def run(cell, at):
     "Run a cell with what its notebook imports, without the call of its checker and the lines after it."
-    space = dict(torch=torch, np=np, F=F, re=re, hashlib=hashlib, contextmanager=contextmanager, TEXT=2, LAST=4, ANSWER=5)
+    space = dict(torch=torch, np=np, F=F, re=re, math=math, json=json, hashlib=hashlib, contextmanager=contextmanager, TEXT=2, LAST=4, ANSWER=5)
     exec(cell[:cell.index(f"\n{at}(")], space)
     return space
 
@@ -196,6 +196,46 @@ def share(z, z_hat, centre, dims):
     return 1 - (above.sum(dims) / below.sum(dims)).mean()
 
 
+LABELS = ("undesirable", "desirable", "neither")
+
+
+def alarm(high, low, of=torch.max, tie=.5):
+    a, b = (torch.stack([of(x) for x in prompts]) for prompts in (high, low))
+    return ((a[:, None] > b) + tie * (a[:, None] == b)).float().mean()
+
+
+def best_pairs(code, pair, k, score, above=0):
+    of = {p: [c for c, q in zip(code.tolist(), pair.tolist()) if p == q] for p in set(pair.tolist())}
+    return sorted((p for p in of if max(of[p]) > above), key=lambda p: score(of[p]), reverse=True)[:k]
+
+
+def guard(words, code="S([1-9]|1[0-4])"):
+    found = re.fullmatch(rf"\s*(safe|unsafe\n{code}(,{code})*)\s*", words)
+    return "unparsed" if not found else "harmful" if "unsafe" in words else "safe"
+
+
+def read_keys(lines):
+    return [json.loads(line)["key"] for line in lines]
+
+
+def spill(before, after, own, size=torch.abs, total=torch.sum, rest=None, still=math.nan):
+    change = after - before
+    mine = total(change[:, own], 1).mean().abs()
+    others = change[:, [i for i in range(change.shape[1]) if i not in own] if rest is None else rest]
+    return size(others).mean() / mine if mine else still
+
+
+def parts_of(content, join):
+    texts, images = ([p[kind] for p in content if p["type"] == kind] for kind in ("text", "image"))
+    return join.join(texts), images[0] if images else None
+
+
+def one_of(content, join):
+    if sum(p["type"] == "image" for p in content) > 1:
+        raise ValueError("two pictures")
+    return parts_of(content, join)
+
+
 WRONG = {  # checker -> (wrong answer, a word of the diagnosis)
     "check_pick": [
         (lambda names, seed, i, g=np.random.default_rng(0): names[g.integers(len(names))], "remembers"),
@@ -261,7 +301,32 @@ WRONG = {  # checker -> (wrong answer, a word of the diagnosis)
     "check_kappa": [(agreement, "plain agreement"), (lambda a, b: agreement(a, b) - luck(a, b), "1 - chance"), (lambda a, b: (agreement(a, b) - 1 / 3) / (2 / 3), "number of words"), (luck, "by luck")],
     "check_declines": [(at_all(["sorry", "can't", "can’t", "cannot"]), "anchor"), (lambda text: text.startswith(("I'm sorry", "I can")), "curly"),
                        (lambda text: bool(re.match(r"\s*i(['’]m sorry| can['’]t| cannot)", text, re.I)), "lookahead"),
-                       (lambda text: re.match("I'm sorry", text), "bool(")]}
+                       (lambda text: re.match("I'm sorry", text), "bool(")],
+    "check_negatives": [(lambda drawn, own, per, count: [o * per + k % per for k, o in enumerate(drawn[:count])], "concept itself"),
+                        (lambda drawn, own, per, count: [o * per + k % per for k, o in enumerate(drawn) if o != own][:count], "left out"),
+                        (lambda drawn, own, per, count: [o * per + j for o in drawn if o != own for j in range(per)][:count], "one pair from each"),
+                        (lambda drawn, own, per, count: list(range(90, 90 + count)), "that was not drawn"), (lambda drawn, own, per, count: [own + 1], "negatives, got 1")],
+    "check_read_label": [(lambda line: next((w for w in LABELS if w in line.lower()), "unparsed"), "anywhere"),
+                         (lambda line: next((w for w in LABELS if line.strip().lower().startswith(w)), "unparsed"), "nothing else"),
+                         (lambda line: next((w for w in LABELS if re.search(w, line.partition(":")[0], re.I)), "unparsed"), "nothing else"),
+                         (lambda line: w if (w := line.split(":")[0].strip().lower()) in LABELS else "unparsed", "without a colon"),
+                         (lambda line: next((w for w in sorted(LABELS) if w in line.lower()), "unparsed"), "inside")],
+    "check_alarm_auc": [(lambda high, low: alarm(high, low, torch.mean), "mean over tokens"), (lambda high, low: alarm(high, low, torch.sum), "sum over tokens"), (lambda high, low: alarm(high, low, tie=0), "nothing here"),
+                        (lambda high, low: alarm(low, high), "harmless prompt is louder"), (lambda high, low: alarm(torch.cat(high), torch.cat(low)), "single tokens")],
+    "check_top_pairs": [(lambda c, p, k: p[c.topk(min(k, len(c))).indices], "came twice"), (lambda c, p, k: best_pairs(c, p, k, sum), "added up"), (lambda c, p, k: best_pairs(c, p, k, max, -1), "never fired"),
+                        (lambda c, p, k: c.sort(descending=True).values[:k], "Those are the codes")],
+    "check_requery": [(lambda p, a, h, ask: [s if bad else x for s, x, bad in zip(ask(p), a, h)], "where the first answer was harmless"),
+                      (lambda p, a, h, ask: [x for x, bad in zip(a, h) if not bad] + [s for q, bad in zip(p, h) if bad for s in ask([q])], "stand at the end"),
+                      (lambda p, a, h, ask: ask([q for q, bad in zip(p, h) if bad]), "empty list"), (lambda p, a, h, ask: [ask(q) if bad else x for q, x, bad in zip(p, a, h)], "takes a list"), (lambda p, a, h, ask: a, "harmful ones too")],
+    "check_guard": [(lambda w: "harmful" if "unsafe" in w else "safe" if "safe" in w else "unparsed", "anywhere"), (lambda w: "safe" if "safe" in w else "unparsed", "inside"),
+                    (lambda w: {"safe": "safe", "unsafe": "harmful"}.get(w.split()[0] if w else "", "unparsed"), "first line alone"), (lambda w: guard(w) if guard(w) != "unparsed" else "safe", "never safe"),
+                    (lambda w: guard(w, r"S\d+"), "S77")],
+    "check_to_do": [(lambda text, keys: [k for k in keys if k not in text], "quote"), (lambda text, keys: [k for k in keys if k not in read_keys(text.splitlines()[1:-1])], "although it is whole"),
+                    (lambda text, keys: [k for k in keys if k not in read_keys(text.splitlines()[1:])], "JSONDecodeError"), (lambda text, keys: read_keys(text.split("\n")[1:-1]), "others are asked for")],
+    "check_collateral": [(lambda b, a, own: spill(b, a, own, rest=slice(None)), "among the others"), (lambda b, a, own: spill(b, a, own, size=torch.Tensor.clone), "cancel"),
+                         (lambda b, a, own: spill(b, a, own, size=lambda x: x.abs() * 3), "add"), (lambda b, a, own: spill(b, a, own, still=0.), "not 0"), (lambda b, a, own: spill(b, a, own, total=torch.mean), "together")],
+    "check_one_question": [(lambda c: (c, None) if isinstance(c, str) else parts_of(c, "\n"), "without a word"), (lambda c: (c, None) if isinstance(c, str) else one_of(c, " "), "line break"),
+                           (lambda c: (c, None) if isinstance(c, str) else one_of(c, "\n")[::-1], "exchanged"), (lambda c: one_of(c, "\n"), "raised TypeError"), (lambda c: one_of(c, 3), "raised")]}
 
 
 def message(check, answer):
@@ -281,7 +346,7 @@ def test_each_checker_is_an_exercise_and_has_wrong_answers():
         assert CHECKS[name].__doc__.startswith(notebook.split("_")[0] + "."), name
         assert "#| code-fold: true" in cell["solution"], name
     for notebook in NOTEBOOKS:
-        assert 2 <= sum(n == notebook.stem for n, *_ in EXERCISES.values()) <= 4, notebook.stem
+        assert 1 <= sum(n == notebook.stem for n, *_ in EXERCISES.values()) <= 4, notebook.stem
 
 
 @pytest.mark.parametrize("name", CHECKS)
@@ -340,7 +405,16 @@ OTHERWISE = [  # right answers of another kind: loops, numpy, lists, numbers as 
     ("check_gated", lambda h, s, c, t, v: torch.stack([x + v if (y[m] > t).any() else x for x, y, m in zip(h, s, c)])),
     ("check_adding", Replaced),
     ("check_kappa", lambda a, b: np.float64((agreement(a, b) - luck(a, b)) / (1 - luck(a, b)))),
-    ("check_declines", lambda t: re.match(r"\s*(i.m sorry|i can.t (?!wait)|i cannot)", t, re.I) is not None)]
+    ("check_declines", lambda t: re.match(r"\s*(i.m sorry|i can.t (?!wait)|i cannot)", t, re.I) is not None),
+    ("check_negatives", lambda drawn, own, per, count: np.array([o * per + (count - k) % per for k, o in enumerate([o for o in drawn if o != own][:count])])),
+    ("check_read_label", lambda line: m[1].lower() if (m := re.match(r"\s*(undesirable|desirable|neither)\s*:", line, re.I)) else "unparsed"),
+    ("check_alarm_auc", lambda high, low: np.mean([(a.max() > b.max()).item() + .5 * (a.max() == b.max()).item() for a in high for b in low])),
+    ("check_top_pairs", lambda c, p, k: torch.tensor(best_pairs(c, p, k, max))),
+    ("check_requery", lambda p, a, h, ask: [ask([q])[0] if bad else x for q, x, bad in zip(p, a, h)]),
+    ("check_guard", guard),
+    ("check_to_do", lambda text, keys: sorted(set(keys) - set(read_keys(text[:text.rfind("\n")].split("\n")[1:])), key=keys.index)),
+    ("check_collateral", spill),
+    ("check_one_question", lambda c: [c, None] if isinstance(c, str) else list(one_of(c, "\n")))]
 
 
 @pytest.mark.parametrize("name,answer", OTHERWISE, ids=[n for n, _ in OTHERWISE])
