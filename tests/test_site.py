@@ -210,17 +210,19 @@ def test_contrast(name, scheme, visit):
 
 def test_toggle_dark_mode(visit):
     "The button in the bar changes the mode, and the choice lasts on the next page."
+    dark = "document.documentElement.classList.contains('quarto-dark')"
     seen = visit("index")
-    assert not seen.evaluate("document.documentElement.classList.contains('quarto-dark')")
+    assert not seen.evaluate(dark)
     seen.locator(".quarto-color-scheme-toggle:visible").first.click()
-    assert seen.evaluate("document.documentElement.classList.contains('quarto-dark')")
+    seen.wait_for_function(dark)
     seen.goto(seen.url.replace("index", "glossary"))
-    assert seen.evaluate("document.documentElement.classList.contains('quarto-dark')")
+    seen.wait_for_function(dark)
 
 
 def test_diagram(visit):
     "Mermaid, served with the site, draws the glossary's diagram."
     seen = visit("glossary")
+    seen.locator(".mermaid svg").first.wait_for()
     assert seen.locator(".mermaid svg").count() == 1 and "concept dictionary" in seen.locator(".mermaid svg").text_content()
 
 
