@@ -128,6 +128,7 @@ def atom_page(
 <h2>Nearest concepts</h2><table><tr><th>concept<th>cosine{rows}</table><h2>What makes it fire</h2><div class=grid>{grid or "Nothing in this corpus."}</div>
 <h2>How often, how strongly</h2><p>It fires at {seen.share[i]:.2%} of {seen.tokens:,} content tokens.</p>{histogram_svg(seen.counts[i])}''')
 
+# %% ../nbs/07c_atlas.ipynb #40380c46
 def index_page(
     every: dict,      # atom -> `facts`
     seen: Sightings

@@ -121,7 +121,7 @@ class LocalLLM:
     def from_pretrained(cls,
         name: str, # hub name or folder
         **kwargs   # of the constructor
-    ): return cls(AutoModelForCausalLM.from_pretrained(name, dtype='auto', device_map=None), AutoTokenizer.from_pretrained(name), **kwargs)
+    ): return cls(AutoModelForCausalLM.from_pretrained(name, dtype='auto'), AutoTokenizer.from_pretrained(name), **kwargs)
 
     @torch.no_grad()
     def __call__(self, prompts: list[str]) -> list[str]:

@@ -113,6 +113,7 @@ class Run:
     def _head(self): return {'hash': self.hash, 'config': self.config}
     def key(self, method, id): "Key of a sample."; return f'{self.hash}:{method}:{id}'
 
+# %% ../nbs/09b_runs.ipynb #c9a79044
 def as_lines(rows) -> bytes:
     "JSON lines; characters that are half of one are written as escapes."
     return ''.join(json.dumps(r, ensure_ascii=False, allow_nan=False) + '\n' for r in rows).encode('utf-8', 'backslashreplace')
@@ -168,6 +169,7 @@ def append(self:Run,
 def fold(self:Run):
     "One line per sample, in the order in which they were finished."
     write_whole(self.path, as_lines([self._head(), *self.samples.values()]))
+    self.cut = None # the new file has no torn line
 
 # %% ../nbs/09b_runs.ipynb #395108a0
 def sample_line(

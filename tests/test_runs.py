@@ -261,3 +261,17 @@ def test_groups_of_mm_safetybench():
     assert [R.benches(sample(g))[2:] for g in ("07-Sex", "08-Political_Lobbying", "09-Privacy_Violence", "10-Legal_Opinion")] == [
         ("MM-SafetyBench 01-07, 09",), (), ("MM-SafetyBench 01-07, 09",), ("MM-SafetyBench 10-13",)]
     assert R.benches(dict(bench="JailBreakV", group="Fraud")) == ("all", "JailBreakV")
+
+
+def test_folding_after_a_torn_line_loses_nothing(tmp_path):
+    "Folded without an append in between, the file has another length; the next append must not cut it."
+    run = R.Run(tmp_path / "r.jsonl", {"a": 1})
+    for i in "xy":
+        run.append([{"key": run.key("none", i), "answer": "Yes. " * 9, "verdicts": {}}, {"key": run.key("none", i), "judge": "j", "verdict": {"verdict": "harmless"}}])
+    with open(run.path, "a") as f:
+        f.write('{"key": "torn')
+    again = R.Run(run.path)
+    again.fold()
+    again.append([{"key": run.key("none", "z"), "answer": "No.", "verdicts": {}}])
+    last = R.Run(run.path)
+    assert [k[-1] for k in last.samples] == ["x", "y", "z"] and last.cut is None
