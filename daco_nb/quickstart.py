@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 
 from .activations import extract
 from .annotation import read_harm
-from .demo import ASSETS, cache_dir
+from .demo import ASSETS, FAMILIES, cache_dir
 from .dictionary import DECLINE, ChatCorpus, ConceptDictionary, read_behaviour, with_behaviours
 from .evaluation import SHOWS, OfflineJudge, demobench, evaluate, sample, summarise, tune
 from .mllm import MLLM, as_picture
@@ -86,10 +86,10 @@ def build_kit(
 # %% ../nbs/14_quickstart.ipynb #9a516317
 def get_kit(
     mllm: MLLM, # model
-    name: str | None # what the user asked for; None is the demo model
+    name: str | None # what the user asked for; None is the demo LLaVA
 ): # (Kit, settings)
-    "The shipped kit for the demo model; for any other, one built (once) in the cache and tuned on validation."
-    if name is None: return load_kit(), json.loads((ASSETS/'settings.json').read_text())['settings']
+    "The shipped kit for the demo LLaVA; for any other, one built (once) in the cache and tuned on validation."
+    if name in (None, 'llava'): return load_kit(), json.loads((ASSETS/'settings.json').read_text())['settings']
     folder = cache_dir()/'kits'/(str(Path(name).resolve()) if Path(name).exists() else name).strip('/').replace('/', '--')
     whole = (folder/'kit'/'harm.safetensors').exists() # written last
     if not (whole and (folder/'settings.json').exists()):
@@ -208,14 +208,14 @@ def finite(
 
 # %% ../nbs/14_quickstart.ipynb #f5626a7c
 def quickstart(
-    model: str | None = None,  # hub name or folder; None is the demo model
+    model: str | None = None,  # hub name or folder, or one of `FAMILIES`; None is the demo LLaVA
     json_path=None,            # where to write the results as JSON
     html_path='quickstart_report.html',
     n_utility: int = 60,       # utility questions
     limit: int | None = None   # at most so many attacks (and twins), for a quick look
 ) -> dict:                     # the results, as in the JSON file
     "Attack, steer, count, report."
-    mllm = MLLM.demo() if model is None else MLLM.from_pretrained(model)
+    mllm = MLLM.demo(model or 'llava') if model in (None, *FAMILIES) else MLLM.from_pretrained(model)
     kit, settings = get_kit(mllm, model)
     items = sample(demobench('test', ('attack', 'twin')), limit or 48) + sample(demobench('test', ('utility',)), n_utility)
     print(header())
@@ -237,7 +237,7 @@ def before_after(
 def main(argv=None):
     "Console script `daco_quickstart`."
     p = argparse.ArgumentParser(prog='daco_quickstart', description='Attack a multimodal LLM, switch DACO on, count what it cost.')
-    p.add_argument('--model', help='hub name or folder of a multimodal LLM (default: the demo LLaVA)')
+    p.add_argument('--model', help='hub name or folder of a multimodal LLM, or qwen or internvl for the other demo models, whose kits are built first, in an hour or two (default: the demo LLaVA)')
     p.add_argument('--json', metavar='PATH', help='write the results as JSON')
     p.add_argument('--html', metavar='PATH', default='quickstart_report.html', help='where the report goes (default: %(default)s)')
     p.add_argument('--utility', type=int, default=60, help='utility questions (default: %(default)s)')
