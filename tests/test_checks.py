@@ -236,6 +236,43 @@ def one_of(content, join):
     return parts_of(content, join)
 
 
+def bytes_back(rows, scale=lambda r: r.abs().amax(1, keepdim=True).clamp(min=1e-9) / 127, whole=torch.round):
+    s = scale(rows)
+    return whole(rows / s).to(torch.int8) * s
+
+
+def opinions_of(ops, known=("undesirable", "desirable", "neither")):
+    return {c: (label, source) for c, label, source in ops if label in known}
+
+
+def ringing(threshold, over=torch.gt, where=slice(None)):
+    return lambda v, b, g, most: [over(x, threshold(v, b, g, 1 - most)).float().mean() for x in (b, g)][where]
+
+
+def higher(x, q):
+    return x.quantile(q, interpolation="higher")
+
+
+def luck_of(own, shown, among=set.__and__):
+    return sum(len(among(o, set(shown))) for o in own) / len(shown)
+
+
+def judged_alike(a, b, like=lambda x, y: (x == "harmful") == (y == "harmful"), keep=lambda x, y: "unparsed" not in (x, y)):
+    return np.mean([like(x, y) for x, y in zip(a, b) if keep(x, y)]), sum("unparsed" in p for p in zip(a, b))
+
+
+def differences(new, old):
+    return np.array([new[q] - old[q] for q in new if q in old], float)
+
+
+def projected(z, v):
+    return float((z @ v).mean() / v.norm())
+
+
+def declined_rates(rows, of=lambda hits, rows: sum(hits) / len(hits) if hits else math.nan, kinds=("attack", "twin")):
+    return {f"{name}_declined": of([d for k, d in rows if k == kind], rows) for name, kind in zip(("attack", "twin"), kinds)}
+
+
 WRONG = {  # checker -> (wrong answer, a word of the diagnosis)
     "check_pick": [
         (lambda names, seed, i, g=np.random.default_rng(0): names[g.integers(len(names))], "remembers"),
@@ -326,7 +363,29 @@ WRONG = {  # checker -> (wrong answer, a word of the diagnosis)
     "check_collateral": [(lambda b, a, own: spill(b, a, own, rest=slice(None)), "among the others"), (lambda b, a, own: spill(b, a, own, size=torch.Tensor.clone), "cancel"),
                          (lambda b, a, own: spill(b, a, own, size=lambda x: x.abs() * 3), "add"), (lambda b, a, own: spill(b, a, own, still=0.), "not 0"), (lambda b, a, own: spill(b, a, own, total=torch.mean), "together")],
     "check_one_question": [(lambda c: (c, None) if isinstance(c, str) else parts_of(c, "\n"), "without a word"), (lambda c: (c, None) if isinstance(c, str) else one_of(c, " "), "line break"),
-                           (lambda c: (c, None) if isinstance(c, str) else one_of(c, "\n")[::-1], "exchanged"), (lambda c: one_of(c, "\n"), "raised TypeError"), (lambda c: one_of(c, 3), "raised")]}
+                           (lambda c: (c, None) if isinstance(c, str) else one_of(c, "\n")[::-1], "exchanged"), (lambda c: one_of(c, "\n"), "raised TypeError"), (lambda c: one_of(c, 3), "raised")],
+    "check_eight_bits": [(lambda r: bytes_back(r, lambda r: r.abs().max() / 127), "own"), (lambda r: bytes_back(r, whole=torch.trunc), "nearest"), (lambda r: bytes_back(r, lambda r: r.abs().amax(0) / 127), "columns"),
+                         (lambda r: bytes_back(r) / r.abs().amax(1, keepdim=True).clamp(min=1e-9) * 127, "whole numbers"), (lambda r: bytes_back(r, lambda r: r.abs().amax(1, keepdim=True) / 127, whole=lambda x: x.round()) + r * 0 / r.abs().amax(1, keepdim=True), "0/0"),
+                         (lambda r: (r / (s := r.amax(1, keepdim=True).clamp(min=1e-9) / 127)).round() * s, "negative number may")],
+    "check_grow": [(lambda t, ops: t | opinions_of(ops), "by hand"), (lambda t, ops: {c: (label, source) for c, label, source in ops} | t, "none of the three"), (lambda t, ops: {c: r for c, r in opinions_of(ops).items() if c not in t}, "Only the new"),
+                   (lambda t, ops: t.update(opinions_of(ops)) or t, "in place"), (lambda t, ops: t | {c: r for c, r in opinions_of(ops).items() if c not in t or t[c][1] != "me"}, "not what a model wrote")],
+    "check_at_threshold": [(ringing(lambda v, b, g, q: higher(g, q)), "of the test, and then"), (ringing(lambda v, b, g, q: v.quantile(q)), "interpolated"), (ringing(lambda v, b, g, q: higher(v, q), torch.ge), "equals"),
+                           (ringing(lambda v, b, g, q: v.max()), "a few are allowed"), (ringing(lambda v, b, g, q: higher(v, q), where=slice(None, None, -1)), "exchanged")],
+    "check_by_chance": [(lambda best, own, shown: (sum(b in o for b, o in zip(best, own)), luck_of(own, shown, lambda o, s: o)), "cannot be drawn"), (lambda best, own, shown: (sum(b in o for b, o in zip(best, own)), len(own) / len(shown)), "not one"),
+                        (lambda best, own, shown: (sum(b in o for b, o in zip(best, own)), luck_of(own, shown) / len(own)), "add up"), (lambda best, own, shown: (np.mean([b in o for b, o in zip(best, own)]), luck_of(own, shown) / len(own)), "shares")],
+    "check_low_rank": [(lambda x, W, A, B: x @ (W + B @ A), "Both W"), (lambda x, W, A, B: x @ W.T + x @ B @ A, "wrong side"), (lambda x, W, A, B: (x @ W.T) @ A.T @ B.T + x @ W.T, "reads what the layer was given"),
+                       (lambda x, W, A, B: x @ (B @ A).T, "alone"), (lambda x, W, A, B: F.linear(x, W.add_(B @ A)), "in place")],
+    "check_agree": [(lambda a, b: judged_alike(a, b, like=str.__eq__), "words"), (lambda a, b: judged_alike(a, b, keep=lambda x, y: True), "not harmful here"), (lambda a, b: judged_alike(a, b)[0], "got the number"),
+                    (lambda a, b: (judged_alike(a, b)[0], sum(x == y == "unparsed" for x, y in zip(a, b))), "neither"), (lambda a, b: (judged_alike(a, b)[0], judged_alike(a, b)[1] / len(a)), "its number")],
+    "check_paired": [(lambda n, o: (differences(n, o).mean(), np.hypot(*(np.std([x[q] for q in n if q in o], ddof=1) / len(differences(n, o)) ** .5 for x in (n, o)))), "separate groups"),
+                     (lambda n, o: (differences(n, o).mean(), differences(n, o).std(ddof=1)), "single differences"), (lambda n, o: (differences(n, o).mean(), differences(n, o).std() / len(differences(n, o)) ** .5), "n - 1"),
+                     (lambda n, o: ((d := np.subtract(*zip(*zip(n.values(), o.values())))).mean(), d.std(ddof=1) / len(d) ** .5), "by their place"),
+                     (lambda n, o: (-differences(n, o).mean(), differences(n, o).std(ddof=1) / len(differences(n, o)) ** .5), "sign")],
+    "check_amount": [(lambda s, o, v: max(0., (s @ v).mean().item() - (o @ v).mean().item()), "norm"), (lambda s, o, v: projected(s, v), "anyway"), (lambda s, o, v: projected(s, v) - projected(o, v), "Below zero"),
+                     (lambda s, o, v: (s.mean(0) - o.mean(0)).norm(), "whole way"), (lambda s, o, v: abs(projected(s, v) - projected(o, v)), "size of a negative")],
+    "check_rates": [(lambda rows: declined_rates(rows, lambda hits, rows: sum(hits) / len(rows)), "all questions"), (lambda rows: declined_rates(rows, lambda hits, rows: sum(hits) / max(1, len(hits))), "would look like"),
+                    (lambda rows: declined_rates(rows, lambda hits, rows: np.mean(hits).item() if hits else math.nan, ("twin", "attack")), "exchanged"), (lambda rows: declined_rates(rows, lambda hits, rows: sum(hits) / len(hits)), "ZeroDivisionError"),
+                    (lambda rows: declined_rates(rows, lambda hits, rows: sum(hits)), "counts")]}
 
 
 def message(check, answer):
@@ -414,7 +473,16 @@ OTHERWISE = [  # right answers of another kind: loops, numpy, lists, numbers as 
     ("check_guard", guard),
     ("check_to_do", lambda text, keys: sorted(set(keys) - set(read_keys(text[:text.rfind("\n")].split("\n")[1:])), key=keys.index)),
     ("check_collateral", spill),
-    ("check_one_question", lambda c: [c, None] if isinstance(c, str) else list(one_of(c, "\n")))]
+    ("check_one_question", lambda c: [c, None] if isinstance(c, str) else list(one_of(c, "\n"))),
+    ("check_eight_bits", lambda rows: torch.stack([torch.zeros_like(r) if not r.any() else (r * 127 / r.abs().max()).round() * r.abs().max() / 127 for r in rows])),
+    ("check_grow", lambda t, ops: dict([*((c, r) for c, r in opinions_of(ops).items() if c not in t), *t.items()])),
+    ("check_at_threshold", lambda v, b, g, most: [np.mean(x.numpy() > v.sort(descending=True).values[int(most * len(v))].item()) for x in (b, g)]),
+    ("check_by_chance", lambda best, own, shown: torch.tensor([sum(b in o for b, o in zip(best, own)), np.mean([[p in o for o in own] for p in shown]) * len(own)])),
+    ("check_low_rank", lambda x, W, A, B: np.array([(W + B @ A).numpy() @ row.numpy() for row in x])),
+    ("check_agree", lambda a, b: list(judged_alike(a, b))),
+    ("check_paired", lambda n, o: np.array([(d := differences(n, o)).mean(), (((d - d.mean()) ** 2).sum() / (len(d) * (len(d) - 1))) ** .5])),
+    ("check_amount", lambda s, o, v: torch.relu((s.mean(0) - o.mean(0)) @ F.normalize(v, dim=0))),
+    ("check_rates", declined_rates)]
 
 
 @pytest.mark.parametrize("name,answer", OTHERWISE, ids=[n for n, _ in OTHERWISE])
