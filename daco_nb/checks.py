@@ -14,10 +14,13 @@ __all__ = ['ALWAYS', 'PAD', 'TEMPLATE', 'TEXT', 'IMAGE', 'LAST', 'ANSWER', 'SENT
            'check_by_chance', 'check_push', 'check_gated', 'inside', 'check_adding', 'watched', 'check_requery',
            'check_low_rank', 'check_clustered_error', 'check_kappa', 'check_declines', 'check_guard', 'check_agree',
            'check_to_do', 'check_paired', 'moves', 'check_collateral', 'check_amount', 'check_one_question',
-           'check_rates']
+           'check_rates', 'check_stands_out', 'check_ask_again', 'check_times_as_fast', 'track', 'check_race',
+           'check_answer_loss', 'check_nearest_name', 'check_cache_bytes', 'check_answer_seconds', 'breaking',
+           'check_write_report']
 
 # %% ../nbs/15_checks.ipynb #80e3283c
-import contextlib, copy, hashlib, math, traceback, weakref
+import contextlib, copy, hashlib, math, tempfile, traceback, weakref
+from pathlib import Path
 from statistics import mean
 from typing import NamedTuple
 
@@ -1200,3 +1203,217 @@ def check_rates(
         'Declined of all that were declined: the question is how many of the attacks were.': table(lambda rows, k: sum(some(rows, k))/sum(d for _, d in rows)),
         'Give a dictionary, so that each rate has its name.': lambda rows: tuple(table(share)(rows).values()),
     }, 'Every rate says by its name what it is about.')
+
+# %% ../nbs/15_checks.ipynb #bb7e600d
+def check_stands_out(
+    answer # function (codes [t, m], n) -> atoms, the most telling first
+):
+    "10.1: atoms that tell something."
+    codes = torch.tensor([[5., 0., 0., .5, 0., 4.], [5.1, .5, 0., 2., 0., 1.], [4.9, 3., 0., 2., 0., 4.], [5., 0., 0., 2., 2.4, 0.], [5., 0., 0., 2., 0., 4.]])
+    def ranked(height, least=0.): return lambda c, n: sorted((i for i in range(c.shape[1]) if height(c[:, i].tolist()) > least), key=lambda i: -height(c[:, i].tolist()))[:n]
+    stands = lambda x: max(x) - mean(x)
+    spread = lambda x: sum((v - mean(x))**2 for v in x)
+    tokens = lambda c, n: sorted(range(len(c)), key=lambda t: -stands(c[t].tolist()))[:n]
+    examine(answer, ranked(stands), [(codes, 2), (codes, 3), (codes, 6)], {
+        'An atom that is loud everywhere tells nothing about a token: subtract its mean over tokens.': (ranked(max), ranked(max, -1)),
+        'You took the mean: an atom that is loud everywhere comes first, and tells nothing about a token.': (ranked(mean), ranked(mean, -1)),
+        'A silent atom is listed: where nothing stands out, give fewer than n.': ranked(stands, -1),
+        'You subtracted the mean of each token over the atoms: subtract the mean of each atom over the tokens.': tuple((lambda c, n, least=least: ranked(max, least)(c - c.mean(1, keepdim=True), n)) for least in (0., -99.)),
+        'You divided by the mean: then a faint atom that fires once beats a strong one. Subtract.': ranked(lambda x: max(x)/mean(x) if any(x) else 0.),
+        'You took how far its tokens spread: an atom that fires at every other token spreads far. Take the strongest token, less the mean.':
+            (ranked(spread), ranked(spread, -1), ranked(lambda x: max(x) - min(x)), ranked(lambda x: max(x) - min(x), -1)),
+        'Those are tokens: each column is an atom.': tokens,
+        'Those are the heights: the numbers of the atoms are asked for.': lambda c, n: [stands(c[:, i].tolist()) for i in ranked(stands)(c, n)],
+    }, 'What fires everywhere is not news.')
+
+# %% ../nbs/15_checks.ipynb #12d1c32d
+def check_ask_again(
+    answer # function (before, after, own) -> methods
+):
+    "10.2: whose answer depends on what changed."
+    own = {'none': set(), 'DACO (paper)': {'paper_gamma', 'paper_eta'}, 'DACO': {'gamma', 'eta'}}
+    start = dict(question='How?', gamma=2., paper_eta=.8)
+    cases = [(start, after, own) for after in (start | dict(gamma=0.), start | dict(question='Why?'), dict(question='How?', gamma=2., eta=.3), start, start | dict(picture='cat', eta=.4))]
+    def changed(b, a, keys=lambda b, a: b | a): return {k for k in keys(b, a) if b.get(k) != a.get(k)}
+    def methods(of=changed, shared=lambda what, own: what - set().union(*own.values())): return lambda b, a, own: [m for m in own if of(b, a) & own[m] or shared(of(b, a), own)]
+    right = methods()
+    examine(answer, right, cases, {
+        'Everything is asked again: an answer that cannot have changed need not be.': lambda b, a, own: list(own) if changed(b, a) else [],
+        'Everything is asked again, even if nothing changed.': lambda b, a, own: list(own),
+        'The question is in no set of settings, and so it concerns all methods: they must be asked again.': methods(shared=lambda what, own: set()),
+        'A setting that is gone has changed, too (it is back at its default): look at the keys of both.': methods(lambda b, a: changed(b, a, lambda b, a: a)),
+        'A setting that is new has changed, too: look at the keys of both.': methods(lambda b, a: changed(b, a, lambda b, a: b)),
+        'You looked only at settings that both have: one that came or went has changed, too.': methods(lambda b, a: changed(b, a, lambda b, a: b.keys() & a.keys())),
+        'Those are the methods whose answers can be kept: the others are asked for.': lambda b, a, own: [m for m in own if m not in right(b, a, own)],
+        'Those are the settings that changed: the methods that depend on them are asked for.': lambda b, a, own: sorted(changed(b, a)),
+    }, 'A slider costs as many answers as depend on it.')
+
+# %% ../nbs/15_checks.ipynb #b988363b
+def check_times_as_fast(
+    answer # function (seconds [rounds, contenders], ours first) -> how many times as fast
+):
+    "11.1: a ratio on a busy machine."
+    seconds = torch.tensor([[1., 3., 4.], [2.5, 10., 30.], [2., 7., 5.4], [1., 9., 3.2], [6., 6., 12.]])
+    def over(of, a=min): return lambda s: of([a(others)/ours for ours, *others in s.tolist()])
+    def median(x): return sorted(x)[len(x)//2]
+    def apart(f): return lambda s: f([min(r[1:]) for r in s.tolist()])/f([r[0] for r in s.tolist()])
+    column = lambda f: lambda s: min(f(s[:, i].tolist()) for i in range(1, s.shape[1]))/f(s[:, 0].tolist())
+    examine(answer, over(median), [(seconds,), (seconds[1:4],)], {
+        'That is ours over theirs: larger should be better, so divide theirs by ours.': lambda s: 1/over(median)(s),
+        'You divided medians: divide within each round first, so that a slow moment hits both sides of a ratio.': (apart(median), column(median)),
+        'You divided means, and one slow round decides them: take the ratio of each round, then the median.': (apart(mean), column(mean)),
+        'You took the mean of the ratios: one odd round moves it. Take the median.': over(mean),
+        'You compared with the slowest of the others: the fastest counts.': over(median, max),
+        'You compared with the first of the others only: the fastest counts, round by round.': over(median, lambda x: x[0]),
+        'You compared with the mean of the others: the fastest counts.': over(median, mean),
+        'That is the best round for us: take the median.': over(max),
+        'You divided the shortest times: two lucky moments, not one round. Take the ratio of each round, then the median.': (apart(min), column(min)),
+    }, 'A slow moment now hits both sides of a ratio.')
+
+# %% ../nbs/15_checks.ipynb #fd881d7a
+def track(
+    seconds: tuple # of each runner, in a quiet moment
+):                 # runners, clock, list of (runner, seconds) that grows
+    "Runners that take time on a clock of their own."
+    now, log = [0.], []
+    def runner(i):
+        def run():
+            first, slow = i not in [j for j, _ in log], 6 < len(log) < 11
+            log.append((i, seconds[i]*(10 if first else 3 if slow else 1)))
+            now[0] += log[-1][1]
+        return run
+    return [runner(i) for i in range(len(seconds))], lambda: now[0], log
+
+# %% ../nbs/15_checks.ipynb #d3318e02
+def check_race(
+    answer # function (runners, rounds, clock) -> seconds, a row per round
+):
+    "11.2: a fair race."
+    runners, clock, log = track((1., 2., 5.))
+    rounds, n = 4, len(runners)
+    got = call(answer, runners, rounds, clock)
+    rows = got.tolist() if hasattr(got, 'tolist') else got
+    number = lambda x: isinstance(x, (int, float)) or getattr(x, 'ndim', None) == 0
+    require(isinstance(rows, (list, tuple)) and all(isinstance(r, (list, tuple)) and all(map(number, r)) for r in rows), f'Expected a row of seconds for each round, got {describe(got)}.')
+    ran = [i for i, _ in log]
+    missing = [i for i in range(n) if i not in ran]
+    require(not missing, f'Contender {missing[0] if missing else 0} never ran: call each of them.')
+    require(len(ran) > n*rounds, 'Nobody ran before the clock started, and a first run is slow: let each run once, and do not count it.')
+    require(len(ran) == n*(rounds + 1), f'{len(ran)} runs, but {n} contenders need {n} to warm up and {n*rounds} for {rounds} rounds.')
+    turns = [ran[i:i + n] for i in range(0, len(ran), n)]
+    require(all(sorted(t) == list(range(n)) for t in turns), 'One contender ran several times in a row, and a slow moment hits that one alone: let them take turns, round by round.')
+    want = [[dict(log[i:i + n])[j] for j in range(n)] for i in range(n, len(log), n)]
+    first = [dict(log[:n])[j] for j in range(n)]
+    require(not same(rows, [first, *want]), 'The run that warms up is among the results: leave it out.')
+    require(not same(rows, [list(r) for r in zip(*want)]), 'You have a row for each contender: give a row for each round.')
+    require(same(rows, want), f'Expected {[[round(x, 3) for x in r] for r in want]}, got {describe(got)}: read the clock just before a contender runs, and just after.')
+    print('Right. A slow moment of the machine now hits everybody.')
+
+# %% ../nbs/15_checks.ipynb #4e448b48
+def check_answer_loss(
+    answer # function (logits [b, t, v], ids [b, t], speaks [b, t] bool) -> loss
+):
+    "12.1: the loss where the assistant speaks."
+    g = torch.Generator().manual_seed(0)
+    logits, ids = 2*torch.randn(2, 6, 5, generator=g), torch.randint(5, (2, 6), generator=g)
+    speaks = torch.tensor([[0, 0, 1, 1, 1, 1], [0, 0, 0, 1, 1, 0]]).bool() # the last token of the second row is padding
+    def costs(l, ids, s, ahead=1, of=1, everywhere=False):
+        p = l.double().log_softmax(-1)
+        return [[-p[b, t - ahead, ids[b, t]].item() for t in range(1, ids.shape[1]) if everywhere or s[b, t - 1 + of]] for b in range(len(ids))]
+    def over(join=lambda rows: mean(sum(rows, [])), **how): return lambda l, ids, s: join(costs(l, ids, s, **how))
+    examine(answer, over(), [(logits, ids, speaks), (logits[:, 1:], ids[:, 1:], speaks[:, 1:])], {
+        'Each position was compared with its own token, which it has already read: logits at position t are about token t + 1.': over(ahead=0),
+        'You chose the positions where the assistant speaks: one of them predicts what comes after the answer, and nobody predicts its first word. Choose the *tokens*, and take the logits one position before.': over(of=0),
+        'The question and the padding were learned, too: count only tokens of the assistant.': over(everywhere=True),
+        'You took the mean of each row first: every token should count the same, whatever row it is in.': over(lambda rows: mean(map(mean, rows))),
+        'That is a sum: divide by the number of tokens of the assistant.': over(lambda rows: sum(map(sum, rows))),
+        'You divided by all positions: divide by the number of tokens of the assistant.': lambda l, ids, s: sum(map(sum, costs(l, ids, s)))/ids.numel(),
+        'That is the mean probability: take its logarithm, with a minus, before the mean.': over(lambda rows: mean(math.exp(-c) for c in sum(rows, []))),
+    }, 'The model learns to speak, not to repeat its questions.')
+
+# %% ../nbs/15_checks.ipynb #a238eb33
+def check_nearest_name(
+    answer # function (said [n, d], names [m, d]) -> index of a name for each patch
+):
+    "12.2: the nearest name, around the mean."
+    names = torch.tensor([9., -6., 3.]) + torch.tensor([[1., 0., 0.], [0., 2., 0.], [-1., 0., 1.], [0., -3., -2.], [.5, .5, 3.], [.1, -.1, .05]])
+    said = torch.tensor([9., -6., 3.]) + torch.tensor([[.5, .2, .1], [-.4, .5, .5], [.1, -.2, -.2], [.3, .3, .1], [-.2, .1, .4], [.1, .9, -.3]])
+    def nearest(by): return lambda s, v: [max(range(len(v)), key=lambda i: by(x, v[i], s, v)) for x in s]
+    def cos(x, y): return (x@y/(x.norm()*y.norm()).clamp(min=1e-9)).item()
+    right = nearest(lambda x, y, s, v: cos(x - v.mean(0), y - v.mean(0)))
+    examine(answer, right, [(said, names), (said[1:4], names)], {
+        'What all names share was left in, and drowns the rest: subtract the mean of the names from both sides.': nearest(lambda x, y, s, v: cos(x, y)),
+        'The mean was subtracted from the names only: what a patch says holds it, too.': nearest(lambda x, y, s, v: cos(x, y - v.mean(0))),
+        'The mean was subtracted from what is said only: the names hold it, too.': nearest(lambda x, y, s, v: cos(x - v.mean(0), y)),
+        'You subtracted the mean of what these patches say: it depends on the picture. Take the mean of the names.': nearest(lambda x, y, s, v: cos(x - s.mean(0), y - v.mean(0))),
+        'You subtracted a mean over dimensions: take the mean over names, dimension 0.': nearest(lambda x, y, s, v: cos(x - x.mean(), y - y.mean())),
+        'Long names win: divide by the norms after the mean was subtracted.': nearest(lambda x, y, s, v: (x - v.mean(0))@(y - v.mean(0))),
+        'You divided by the norms before the mean was subtracted: subtract first.': nearest(lambda x, y, s, v: cos(x/x.norm() - (v/v.norm(dim=1, keepdim=True)).mean(0), y/y.norm() - (v/v.norm(dim=1, keepdim=True)).mean(0))),
+        'That is the nearest in plain distance: a faint vector lies near the mean, whatever it says. Compare directions.': nearest(lambda x, y, s, v: -(x - y).norm()),
+    }, 'Faint as it is, a patch can be understood.')
+
+# %% ../nbs/15_checks.ipynb #d61ff512
+def check_cache_bytes(
+    answer # function (shape, tokens, batch) -> bytes; shape has layers, d, heads, kv_heads
+):
+    "13.1: the key-value cache."
+    def held(s, tokens, batch, both=2, layers=True, heads='kv_heads', per='heads', size=2): return both*(s['layers'] if layers else 1)*s[heads]*(s['d']//s[per])*tokens*batch*size
+    def but(**how): return lambda *a: held(*a, **how)
+    examine(answer, held, [(dict(layers=28, d=3584, heads=28, kv_heads=4), 320, 16), (dict(layers=36, d=2048, heads=16, kv_heads=2), 100, 3)], {
+        'You counted as many heads as queries have: keys and values have heads of the same width, d/heads, but fewer.': (but(heads='heads'), but(per='kv_heads')),
+        'That is half of it: keys *and* values are kept, and each of their numbers has two bytes.': (but(both=1), but(size=1)),
+        'That is one layer: every layer has keys and values of its own.': but(layers=False),
+        'That is one prompt: multiply by the batch.': lambda s, tokens, batch: held(s, tokens, 1),
+        'That is one token: multiply by the tokens.': lambda s, tokens, batch: held(s, 1, batch),
+        'A number in half precision has two bytes, not four.': but(size=4),
+        'Those are bits: eight of them are a byte.': but(size=16),
+    }, 'Seven query heads that share one pair of keys and values save six sevenths.')
+
+# %% ../nbs/15_checks.ipynb #8a00b76c
+def check_answer_seconds(
+    answer # function (questions, batch, tokens, weights, cache, bandwidth) -> seconds
+):
+    "13.2: how long answers take."
+    def time(q, b, t, w, c, s, batches=lambda q, b: -(-q//b), read=lambda w, c, b: w + c): return batches(q, b)*t*read(w, c, b)/s
+    def but(**how): return lambda *a: time(*a, **how)
+    examine(answer, time, [(100, 16, 24, 7e9, 3e8, 2e12), (48, 16, 10, 2e9, 1e8, 1e12), (5, 8, 3, 2e9, 5e8, 1e12)], {
+        'The weights are read once per token of a *batch*, not of every question: that is why batches pay.': but(batches=lambda q, b: q),
+        'The last batch was left out: it is smaller, and takes as long. Round up.': but(batches=lambda q, b: q//b),
+        'A batch that is not full takes as long as a full one: round the number of batches up.': but(batches=lambda q, b: q/b),
+        'The weights are read again for every new token.': lambda q, b, t, w, c, s: time(q, b, 1, w, c, s),
+        'The cache is read for every token, too.': but(read=lambda w, c, b: w),
+        'The cache given here is that of the whole batch: do not multiply it again.': but(read=lambda w, c, b: w + c*b),
+        'The cache given here is that of the whole batch: do not divide it.': but(read=lambda w, c, b: w + c/b),
+        'Those are bytes: divide by the bandwidth.': lambda *a: time(*a)*a[-1],
+    }, 'One prompt at a time would take almost as long for each of them.')
+
+# %% ../nbs/15_checks.ipynb #b08f3b5e
+def breaking(
+    parts: list # of a text
+):
+    "Parts, and then an error."
+    yield from parts
+    raise RuntimeError('the power is gone')
+
+def check_write_report(
+    answer # function (path, parts) -> path
+):
+    "14.1: a file that is whole or absent."
+    with tempfile.TemporaryDirectory() as tmp:
+        path, parts = Path(tmp)/'report.html', ['<html>', 'γ = 2', '</html>']
+        for text, why in ((parts, 'a new file'), (parts[:2], 'a file that was there')):
+            got = call(answer, path, iter(text))
+            require(same(got, path), f'Expected the path of the file, got {describe(got)}.')
+            require(path.exists(), 'There is no file of that name: was the temporary one renamed to it?')
+            found = path.read_bytes().decode('utf-8', 'replace')
+            require(found == ''.join(text), f'After writing {why}, it should hold {"".join(text)!r}, but it holds {found!r}. (Name the encoding, utf-8, and write over what was there.)')
+        try: answer(path, breaking(['new', 'er']))
+        except RuntimeError: pass
+        except Exception as e: raise NotYet(f'When the parts broke off, your function raised {where(e)}: let the first error through.') from e
+        else: raise NotYet('The parts broke off with an error, and your function swallowed it: whoever called it believes that the report was written.')
+        require(path.exists(), 'When the parts broke off, the old report was gone: remove nothing before the new one is whole.')
+        found = path.read_bytes().decode('utf-8', 'replace')
+        require(found == ''.join(parts[:2]), f'When the parts broke off, the old report was lost, and {found!r} stands in its place: write under another name, and rename when it is whole.')
+        left = sorted(p.name for p in Path(tmp).iterdir() if p != path)
+        require(not left, f'When the parts broke off, {", ".join(left)} was left behind: remove it in an `except` or `finally`.')
+    print('Right. Whoever opens the report finds a whole one, the old or the new.')
