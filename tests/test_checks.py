@@ -17,7 +17,7 @@ from daco_nb.mllm import ROLES
 
 NBS = Path(__file__).resolve().parent.parent / "nbs"
 CHECKS = {n: f for n, f in vars(checks).items() if n.startswith("check_")}
-NOTEBOOKS = sorted(p for p in NBS.glob("0*.ipynb"))
+NOTEBOOKS = sorted(p for p in NBS.glob("[01][0-9]*.ipynb") if p.stem != "15_checks")
 
 
 def code_cells(path):
@@ -273,6 +273,76 @@ def declined_rates(rows, of=lambda hits, rows: sum(hits) / len(hits) if hits els
     return {f"{name}_declined": of([d for k, d in rows if k == kind], rows) for name, kind in zip(("attack", "twin"), kinds)}
 
 
+def standing_out(codes, n, height=lambda c: c.amax(0) - c.mean(0), least=0.):
+    h = height(codes)
+    return [i for i in h.argsort(descending=True).tolist() if h[i] > least][:n]
+
+
+def affected(before, after, own, keys=dict.__or__, everybody=True):
+    what = {k for k in keys(before, after) if before.get(k, "default") != after.get(k, "default")}
+    return [m for m in own if what & own[m] or everybody and what - set().union(*own.values())]
+
+
+def raced(runners, rounds, clock, warm=True, rows=lambda t: list(zip(*t))[1:], by="round"):
+    out = [[] for _ in runners]
+    order = [(i, k) for k in range(rounds + warm) for i in range(len(runners))]
+    for i, _ in order if by == "round" else sorted(order):
+        start = clock()
+        runners[i]()
+        out[i].append(clock() - start)
+    return rows(out)
+
+
+def spoken_loss(logits, ids, speaks, **how):
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].masked_fill(~speaks[:, 1:], -100).flatten(), **how)
+
+
+def closest(said, names, centre=lambda s, v: (v.mean(0), v.mean(0)), norm=F.normalize):
+    a, b = centre(said, names)
+    return (norm(said - a) @ norm(names - b).T).argmax(1)
+
+
+def in_cache(s, tokens, batch, heads="kv_heads", factors=4):
+    return factors * s["layers"] * s[heads] * s["d"] // s["heads"] * tokens * batch
+
+
+def joined(path, parts):
+    text = "".join(parts)
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def remade(path, parts):
+    path.unlink(missing_ok=True)
+    return half(path, parts)
+
+
+def half(path, parts):
+    tmp = path.with_suffix(".tmp")
+    with open(tmp, "w", encoding="utf-8") as f:
+        f.writelines(parts)
+    return tmp.replace(path)
+
+
+def straight(path, parts):
+    with open(path, "w", encoding="utf-8") as f:
+        f.writelines(parts)
+    return path
+
+
+def silently(path, parts):
+    try:
+        return joined(path, parts)
+    except RuntimeError:
+        return path
+
+
+def appended(path, parts):
+    with open(path, "a", encoding="utf-8") as f:
+        f.write("".join(parts))
+    return path
+
+
 WRONG = {  # checker -> (wrong answer, a word of the diagnosis)
     "check_pick": [
         (lambda names, seed, i, g=np.random.default_rng(0): names[g.integers(len(names))], "remembers"),
@@ -385,7 +455,23 @@ WRONG = {  # checker -> (wrong answer, a word of the diagnosis)
                      (lambda s, o, v: (s.mean(0) - o.mean(0)).norm(), "whole way"), (lambda s, o, v: abs(projected(s, v) - projected(o, v)), "size of a negative")],
     "check_rates": [(lambda rows: declined_rates(rows, lambda hits, rows: sum(hits) / len(rows)), "all questions"), (lambda rows: declined_rates(rows, lambda hits, rows: sum(hits) / max(1, len(hits))), "would look like"),
                     (lambda rows: declined_rates(rows, lambda hits, rows: np.mean(hits).item() if hits else math.nan, ("twin", "attack")), "exchanged"), (lambda rows: declined_rates(rows, lambda hits, rows: sum(hits) / len(hits)), "ZeroDivisionError"),
-                    (lambda rows: declined_rates(rows, lambda hits, rows: sum(hits)), "counts")]}
+                    (lambda rows: declined_rates(rows, lambda hits, rows: sum(hits)), "counts")],
+    "check_stands_out": [(lambda c, n: standing_out(c, n, lambda c: c.amax(0)), "loud everywhere tells"), (lambda c, n: standing_out(c, n, least=-1), "silent"), (lambda c, n: standing_out(c, n, lambda c: c.std(0)), "spread"),
+                         (lambda c, n: standing_out(c.T, n), "Those are tokens"), (lambda c, n: standing_out(c, n, lambda c: c.amax(0) / (c.mean(0) + 1e-9)), "divided by the mean")],
+    "check_ask_again": [(lambda b, a, own: affected(b, a, own, everybody=False), "concerns all"), (lambda b, a, own: list(own) if a != b else [], "need not be"), (lambda b, a, own: affected(b, a, own, lambda b, a: a), "gone"),
+                        (lambda b, a, own: [m for m in own if m not in affected(b, a, own)], "can be kept"), (lambda b, a, own: affected(b, a, own, lambda b, a: b.keys() & a.keys()), "both have")],
+    "check_times_as_fast": [(lambda s: (s[:, 0] / s[:, 1:].amin(1)).median(), "larger"), (lambda s: s.mean(0)[1:].min() / s.mean(0)[0], "divided means"), (lambda s: (s[:, 1:].amin(1) / s[:, 0]).mean(), "mean of the ratios"),
+                            (lambda s: (s[:, 1] / s[:, 0]).median(), "first of the others"), (lambda s: s[:, 1:].amin(1).median() / s[:, 0].median(), "divided medians")],
+    "check_race": [(lambda runners, rounds, clock: raced(runners, rounds, clock, by="runner"), "in a row"), (lambda runners, rounds, clock: raced(runners, rounds, clock, False, lambda t: list(zip(*t))), "Nobody ran"),
+                   (lambda runners, rounds, clock: raced(runners, rounds, clock, rows=lambda t: list(zip(*t))), "leave it out"), (lambda runners, rounds, clock: raced(runners, rounds, clock, rows=lambda t: [r[1:] for r in t]), "row for each contender"),
+                   (lambda runners, rounds, clock: raced(runners[:2], rounds, clock), "never ran"), (lambda runners, rounds, clock: np.cumsum(raced(runners, rounds, clock), 1), "just before")],
+    "check_answer_loss": [(lambda l, i, s: F.cross_entropy(l[s], i[s]), "already read"), (lambda l, i, s: F.cross_entropy(l[:, :-1].flatten(0, 1), i[:, 1:].flatten()), "padding"), (lambda l, i, s: F.cross_entropy(l[:, :-1][s[:, :-1]], i[:, 1:][s[:, :-1]]), "one position before"),
+                          (lambda l, i, s: np.mean([spoken_loss(l[b:b + 1], i[b:b + 1], s[b:b + 1]).item() for b in range(len(l))]), "each row first"), (lambda l, i, s: spoken_loss(l, i, s, reduction="sum"), "sum")],
+    "check_nearest_name": [(lambda s, v: closest(s, v, lambda s, v: (0, 0)), "left in"), (lambda s, v: closest(s, v, lambda s, v: (0, v.mean(0))), "names only"), (lambda s, v: closest(s, v, lambda s, v: (s.mean(0), v.mean(0))), "these patches"),
+                           (lambda s, v: closest(s, v, norm=lambda x: x), "Long names"), (lambda s, v: torch.cdist(s, v).argmin(1), "plain distance")],
+    "check_cache_bytes": [(lambda s, t, b: in_cache(s, t, b, "heads"), "queries"), (lambda s, t, b: in_cache(s, t, b, factors=2), "half of it"), (lambda s, t, b: in_cache(s, t, 1), "one prompt"), (lambda s, t, b: in_cache(s | {"layers": 1}, t, b), "one layer"), (lambda s, t, b: in_cache(s, t, b) / 1e9, "the number")],
+    "check_answer_seconds": [(lambda q, b, t, w, c, s: q * t * (w + c) / s, "batches pay"), (lambda q, b, t, w, c, s: q // b * t * (w + c) / s, "left out"), (lambda q, b, t, w, c, s: q / b * t * (w + c) / s, "not full"), (lambda q, b, t, w, c, s: math.ceil(q / b) * (w + c) / s, "every new token"), (lambda q, b, t, w, c, s: math.ceil(q / b) * t * w / s, "cache is read")],
+    "check_write_report": [(straight, "in its place"), (half, "left behind"), (remade, "nothing before"), (silently, "swallowed"), (appended, "should hold"), (lambda path, parts: joined(path.with_name("other"), parts) and path, "no file of that name"), (lambda path, parts: str(joined(path, parts)), "Expected the path")]}
 
 
 def message(check, answer):
@@ -405,7 +491,12 @@ def test_each_checker_is_an_exercise_and_has_wrong_answers():
         assert CHECKS[name].__doc__.startswith(notebook.split("_")[0] + "."), name
         assert "#| code-fold: true" in cell["solution"], name
     for notebook in NOTEBOOKS:
-        assert 1 <= sum(n == notebook.stem for n, *_ in EXERCISES.values()) <= 4, notebook.stem
+        least = 1 if notebook.stem == "14_quickstart" else 2  # a console script, whose parts were exercises before
+        assert least <= sum(n == notebook.stem for n, *_ in EXERCISES.values()) <= 4, notebook.stem
+        text = "\n".join("".join(c["source"]) for c in json.loads(notebook.read_text(encoding="utf-8"))["cells"] if c["cell_type"] == "markdown")
+        titles = re.findall(r"^### (\d)\. .+ \([●○]{3}, \d+ minutes\)$", text[text.index("## Exercises"):], re.M)
+        assert titles == [str(i + 1) for i in range(sum(n == notebook.stem for n, *_ in EXERCISES.values()))], f"{notebook.stem}: number, title, difficulty and minutes of each exercise"
+        assert text.count("<summary>Hint</summary>") == len(titles), notebook.stem
 
 
 @pytest.mark.parametrize("name", CHECKS)
@@ -482,7 +573,16 @@ OTHERWISE = [  # right answers of another kind: loops, numpy, lists, numbers as 
     ("check_agree", lambda a, b: list(judged_alike(a, b))),
     ("check_paired", lambda n, o: np.array([(d := differences(n, o)).mean(), (((d - d.mean()) ** 2).sum() / (len(d) * (len(d) - 1))) ** .5])),
     ("check_amount", lambda s, o, v: torch.relu((s.mean(0) - o.mean(0)) @ F.normalize(v, dim=0))),
-    ("check_rates", declined_rates)]
+    ("check_rates", declined_rates),
+    ("check_stands_out", lambda c, n: np.array([i for _, i in sorted(((c[:, i].mean() - c[:, i].max()).item(), i) for i in range(c.shape[1]) if c[:, i].std() > 0)][:n])),
+    ("check_ask_again", affected),
+    ("check_times_as_fast", lambda s: np.median([min(others) / ours for ours, *others in s.tolist()])),
+    ("check_race", lambda runners, rounds, clock: np.array(raced(runners, rounds, clock))),
+    ("check_answer_loss", spoken_loss),
+    ("check_nearest_name", closest),
+    ("check_cache_bytes", lambda s, t, b: float(in_cache(s, t, b))),
+    ("check_answer_seconds", lambda q, b, t, w, c, s: sum(t * (w + c) / s for _ in range(0, q, b))),
+    ("check_write_report", joined)]
 
 
 @pytest.mark.parametrize("name,answer", OTHERWISE, ids=[n for n, _ in OTHERWISE])
