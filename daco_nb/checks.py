@@ -1395,6 +1395,7 @@ def breaking(
     yield from parts
     raise RuntimeError('the power is gone')
 
+# %% ../nbs/15_checks.ipynb #4e45b3b2
 def check_write_report(
     answer # function (path, parts) -> path
 ):
