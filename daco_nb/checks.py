@@ -8,14 +8,19 @@ __all__ = ['ALWAYS', 'PAD', 'TEMPLATE', 'TEXT', 'IMAGE', 'LAST', 'ANSWER', 'SENT
            'check_verified', 'check_nearest', 'check_outputs', 'check_words_only', 'Word', 'check_under',
            'check_commonest', 'check_geometric_distance', 'check_hard_negatives', 'handed_out', 'check_walk',
            'check_caption_mean', 'running', 'check_stream', 'check_concept_vector', 'check_split_half',
-           'check_separation', 'check_negatives', 'check_soft_threshold', 'check_omp_step', 'check_take_out',
-           'check_fve', 'check_topk', 'check_tangent', 'check_label', 'check_precision_recall', 'check_read_label',
-           'check_alarm_auc', 'check_top_pairs', 'check_push', 'check_gated', 'inside', 'check_adding', 'watched',
-           'check_requery', 'check_clustered_error', 'check_kappa', 'check_declines', 'check_guard', 'check_to_do',
-           'moves', 'check_collateral', 'check_one_question']
+           'check_separation', 'check_negatives', 'check_eight_bits', 'check_soft_threshold', 'check_omp_step',
+           'check_take_out', 'check_fve', 'check_topk', 'check_tangent', 'check_label', 'check_precision_recall',
+           'check_read_label', 'check_grow', 'check_alarm_auc', 'check_at_threshold', 'check_top_pairs',
+           'check_by_chance', 'check_push', 'check_gated', 'inside', 'check_adding', 'watched', 'check_requery',
+           'check_low_rank', 'check_clustered_error', 'check_kappa', 'check_declines', 'check_guard', 'check_agree',
+           'check_to_do', 'check_paired', 'moves', 'check_collateral', 'check_amount', 'check_one_question',
+           'check_rates', 'check_stands_out', 'check_ask_again', 'check_times_as_fast', 'track', 'check_race',
+           'check_answer_loss', 'check_nearest_name', 'check_cache_bytes', 'check_answer_seconds', 'breaking',
+           'check_write_report']
 
 # %% ../nbs/15_checks.ipynb #80e3283c
-import contextlib, copy, hashlib, math, traceback, weakref
+import contextlib, copy, hashlib, math, tempfile, traceback, weakref
+from pathlib import Path
 from statistics import mean
 from typing import NamedTuple
 
@@ -489,6 +494,31 @@ def check_negatives(
         require(len(set(times)) == 1, f'The sentences 0 to {per - 1} come {times} times, but each should come {count//per} times. Count the places after the concept itself was left out.')
     print('Right. What positives and negatives share now cancels, and the word is left.')
 
+# %% ../nbs/15_checks.ipynb #84af69e6
+def check_eight_bits(
+    answer # function (rows [n, d]) -> the rows as they come back
+):
+    "04a.2: rows in eight bits."
+    rows = torch.tensor([[3., -8., .1, .77], [.25, .131, -.04, .171], [-.2, 1., .31, -.55], [0., 0., 0., 0.]])
+    peak, free = (lambda row: max(map(abs, row))), (lambda q: q)
+    def clamp(q): return max(-128, min(127, q))
+    def wrap(q): return (q + 128) % 256 - 128
+    def back(rows, scale=lambda row: peak(row)/127, whole=round, fit=free, times=True):
+        pairs = [(row, scale(row) or 1.) for row in rows.tolist()]
+        return torch.tensor([[float(fit(whole(x/s)))*(s if times else 1) for x in row] for row, s in pairs])
+    def fits(scale): return tuple(lambda rows, fit=fit: back(rows, scale, fit=fit) for fit in (free, clamp, wrap))
+    columns = lambda rows: rows.abs().amax(0)/127
+    examine(answer, back, [(rows,), (rows[:2],)], {
+        'All rows share one scale, and the small ones have lost their digits: give each row its own.': lambda rows: back(rows, lambda row: rows.abs().max().item()/127),
+        'You scaled columns: each row has a scale of its own, so take the maximum over dimension 1.': lambda rows: (rows/columns(rows)).round()*columns(rows),
+        'You cut the digits off: round to the nearest whole number.': (lambda rows: back(rows, whole=int), lambda rows: back(rows, whole=math.floor)),
+        'Those are the whole numbers: multiply by the scale of the row to get it back.': lambda rows: back(rows, times=False),
+        'A negative number may be the largest in size: take the maximum of absolute values.': fits(lambda row: max(row)/127),
+        'Divide the largest size by 127: that is the largest number of eight bits, and 128 is cut off or wraps around.': fits(lambda row: peak(row)/128),
+        'Half of the 256 numbers are negative: divide the largest size by 127.': fits(lambda row: peak(row)/255),
+        'A row of zeros became NaN: 0/0. Let its scale be 1, or anything but 0.': lambda rows: back(rows).masked_fill(~rows.any(1, keepdim=True), math.nan),
+    }, 'A quarter of the room, and half a step of error at most.')
+
 # %% ../nbs/15_checks.ipynb #5d47f38c
 def check_soft_threshold(
     answer # function (c, by) -> c
@@ -668,6 +698,27 @@ def check_read_label(
         'That is what stands before the colon, whatever it is: only the three labels count.': lambda line: line.partition(':')[0].strip().lower(),
     }, 'A guess would have entered the table as an opinion.')
 
+# %% ../nbs/15_checks.ipynb #db9b5e83
+def check_grow(
+    answer # function (table, opinions) -> table
+):
+    "07a.2: a table that grows."
+    table = {'bat': ('undesirable', 'me'), 'axe': ('neither', 'model a'), 'cup': ('neither', 'model a')}
+    opinions = [('bat', 'neither', 'model b'), ('pistol', 'undesirable', 'model b'), ('axe', 'undesirable', 'model b'), ('law', 'good', 'model b'), ('care', 'desirable', 'model b')]
+    known = lambda label: label in ('undesirable', 'desirable', 'neither')
+    new = lambda ops, keep=known, name=lambda label: label: {c: (name(l), s) for c, l, s in ops if keep(l)}
+    anything = lambda label: True
+    examine(answer, lambda t, ops: new(ops) | t, [(table, opinions), ({}, opinions[1:])], {
+        'A row that was there has changed, perhaps one that somebody corrected by hand: add only what is not there.': (lambda t, ops: t | new(ops), lambda t, ops: t | new(ops, anything)),
+        'You protected what a person wrote, but not what a model wrote: a table that changes when it is asked again cannot be reported.':
+            (lambda t, ops: t | new(ops) | {c: r for c, r in t.items() if r[1] == 'me'}, lambda t, ops: t | new(ops, anything) | {c: r for c, r in t.items() if r[1] == 'me'}),
+        'A label that is none of the three is in the table: leave the concept out, and it will be asked again.': lambda t, ops: new(ops, anything) | t,
+        'An unknown label became *neither*: that is an opinion nobody gave. Leave the concept out.': lambda t, ops: new(ops, anything, lambda l: l if known(l) else 'neither') | t,
+        'Only the new rows came back: the old ones belong to the table, too.': (lambda t, ops: {c: r for c, r in new(ops).items() if c not in t}, lambda t, ops: new(ops)),
+        'Nothing was added: concepts that are not in the table get their opinion.': lambda t, ops: dict(t),
+        'A row is a pair, label and source: the concept is the key.': lambda t, ops: {c: (c, l, s) for c, l, s in ops if known(l)} | t,
+    }, 'Ask as often as you like: what was decided stays.')
+
 # %% ../nbs/15_checks.ipynb #9a533277
 def check_alarm_auc(
     answer # function (high, low) -> AUC; both are lists of tensors, a score per token
@@ -692,6 +743,30 @@ def check_alarm_auc(
         'You compared the i-th with the i-th: compare every harmful prompt with every harmless one.': lambda h, l: mean((max(a) > max(b)) + .5*(max(a) == max(b)) for a, b in zip(*([x.tolist() for x in p] for p in (h, l)))),
     }, '.5 is a coin, 1 is an alarm that some threshold makes perfect.')
 
+# %% ../nbs/15_checks.ipynb #c40a1c48
+def check_at_threshold(
+    answer # function (validation [n], bad [m], good [k], most) -> (share of bad that rings, share of good)
+):
+    "07b.2: a threshold that has not seen the test."
+    validation, bad, good = ([.1, .4, .2, .9, .5, .3, .6, .7], [.3, .8, .1, .5, .7, .2]), ([.95, .595, .65, .6, .45, .85, .605], [.72, .9, .7, .71]), ([.05, .62, .55, .3, .75, .61, .6, .58], [.1, .75, .702, .2, .706, .3])
+    cases = [(*map(torch.tensor, case), most) for *case, most in zip(validation, bad, good, (.3, .25))]
+    def lowest(v, most): return min(t for t in v.tolist() if mean(x > t for x in v.tolist()) <= most)
+    def quantile(how, upper=True): return lambda v, b, g, m: v.quantile(1 - m if upper else m, interpolation=how).item()
+    def rings(threshold, over=lambda x, t: x > t): return lambda v, b, g, m: tuple(mean(float(over(x, threshold(v, b, g, m))) for x in part.tolist()) for part in (b, g))
+    def chosen_on(part): return tuple(rings(lambda v, b, g, m, how=how: how(part(b, g), m)) for how in (lowest, lambda x, m: quantile('higher')(x, 0, 0, m), lambda x, m: quantile('linear')(x, 0, 0, m)))
+    right = rings(lambda v, b, g, m: lowest(v, m))
+    examine(answer, right, cases, {
+        'You chose the threshold on the harmless prompts of the test, and then counted them: choose it on validation.': chosen_on(lambda b, g: g),
+        'Harmful prompts of the test helped to choose the threshold: choose it on validation alone.': chosen_on(lambda b, g: torch.cat([b, g])),
+        'A score that equals the threshold rings here: only what is above it should.': rings(lambda v, b, g, m: lowest(v, m), lambda x, t: x >= t),
+        'The quantile lies below one score too many, since it was interpolated or rounded down: more than the allowed share of validation rings.': (rings(quantile('linear')), rings(quantile('lower'))),
+        'Nothing on validation rings: a few are allowed, so the threshold may be lower than the highest score.': rings(lambda v, b, g, m: v.max().item()),
+        'That is the quantile from below: a share `most` should lie above the threshold, so take 1 - most.': tuple(rings(quantile(how, False)) for how in ('higher', 'lower', 'linear')),
+        'The two shares are exchanged: harmful prompts come first.': lambda *a: right(*a)[::-1],
+        'The false alarms are those of validation, where the threshold was chosen: count them on the test.': lambda v, b, g, m: (right(v, b, g, m)[0], right(v, b, v, m)[1]),
+        'Those are counts: divide each by the number of its prompts.': lambda v, b, g, m: (right(v, b, g, m)[0]*len(b), right(v, b, g, m)[1]*len(g)),
+    }, 'What validation allowed, the test may exceed: that is why both are reported.')
+
 # %% ../nbs/15_checks.ipynb #814935ec
 def check_top_pairs(
     answer # function (code [n], pair [n], k) -> pair numbers, strongest first
@@ -713,6 +788,25 @@ def check_top_pairs(
         'Those are places in the list: look up their pairs.': lambda c, p, k: order(c)[:k],
         'Those are the codes: the numbers of the pairs are asked for.': lambda c, p, k: [max(x for x, j in zip(c.tolist(), p.tolist()) if j == i) for i in ranked(c, p, k)],
     }, 'Different pictures on a page say more than one picture three times.')
+
+# %% ../nbs/15_checks.ipynb #57046741
+def check_by_chance(
+    answer # function (best, own, shown) -> (hits, hits expected by chance)
+):
+    "07c.2: hits, and what chance would give."
+    best, own, shown = [3, 9, 5, 2], [{3, 4, 20}, {1, 7}, {5}, {2, 9, 8, 30, 31}], [1, 2, 3, 4, 5, 7, 8, 9, 10, 11]
+    hits = lambda best, own: float(sum(b in o for b, o in zip(best, own)))
+    def both(chance): return lambda best, own, shown: (hits(best, own), chance(own, shown))
+    drawn = lambda own, shown: sum(len(o & {*shown})/len(shown) for o in own)
+    examine(answer, both(drawn), [(best, own, shown), (best[:3], own[:3], shown + [20, 21])], {
+        'A stimulus that was not shown cannot be drawn: count only those among the shown pairs.': both(lambda own, shown: sum(len(o) for o in own)/len(shown)),
+        'An atom has as many chances as it has stimuli among the shown pairs, not one.': both(lambda own, shown: len(own)/len(shown)),
+        'You drew from the stimuli of these concepts: what might come is any pair that was shown.': both(lambda own, shown: sum(len(o & {*shown}) for o in own)/len(set().union(*own))),
+        'That is a chance per atom: the number of atoms that would hit is asked for, so add up.': both(lambda own, shown: drawn(own, shown)/len(own)),
+        'Those are shares of the atoms: give both as numbers of atoms.': lambda best, own, shown: (hits(best, own)/len(own), drawn(own, shown)/len(own)),
+        'Chances of different atoms add up: you multiplied them.': both(lambda own, shown: math.prod(len(o & {*shown})/len(shown) for o in own)),
+        'Hits come first, then what chance would give.': lambda best, own, shown: (drawn(own, shown), hits(best, own)),
+    }, 'Hits far above chance are worth a page.')
 
 # %% ../nbs/15_checks.ipynb #35354fb8
 def check_push(
@@ -824,6 +918,26 @@ def check_requery(
         'The second answers were added, and the harmful ones are still there: put them in their place.': lambda p, a, h, ask: a + ask(pick(p, h)),
     }, 'What was harmless has cost nothing.')
 
+# %% ../nbs/15_checks.ipynb #fb8b8918
+def check_low_rank(
+    answer # function (x [n, d], W [d, d], A [r, d], B [d, r]) -> [n, d]
+):
+    "08a.2: a low-rank update of a layer."
+    g = torch.Generator().manual_seed(0)
+    x, W, A, B = (torch.randn(*shape, generator=g) for shape in ((3, 4), (4, 4), (2, 4), (4, 2)))
+    def times(M, x): return torch.tensor([[sum(m*v for m, v in zip(row, vector)) for row in M.tolist()] for vector in x.tolist()])
+    def update(x, A, B): return times(B, times(A, x))
+    examine(answer, lambda x, W, A, B: times(W, x) + update(x, A, B), [(x, W, A, B), (x[:2], W, A, 0*B)], {
+        'That is the layer without its update.': lambda x, W, A, B: times(W, x),
+        'That is the update alone: it is added to what the layer gives.': lambda x, W, A, B: update(x, A, B),
+        'The update read what the layer gave: it reads what the layer was given.': lambda x, W, A, B: times(W, x) + update(times(W, x), A, B),
+        'A linear layer gives x times the *transpose* of its matrix: here W is multiplied from the wrong side.': lambda x, W, A, B: (x@W + update(x, A, B)),
+        'The update is multiplied from the wrong side: B A maps x as W does, so x is multiplied by its transpose.': lambda x, W, A, B: times(W, x) + x@(B@A),
+        'Both W and the update are multiplied from the wrong side: x is multiplied by the transpose of a matrix.': lambda x, W, A, B: x@(W + B@A),
+        'The update was subtracted.': lambda x, W, A, B: times(W, x) - update(x, A, B),
+        'You divided the update by its rank: here it has no other scale.': lambda x, W, A, B: times(W, x) + update(x, A, B)/len(A),
+    }, 'With B at zero nothing has changed yet, and W never does.')
+
 # %% ../nbs/15_checks.ipynb #5b3e603e
 def check_clustered_error(
     answer # function (hits, topics) -> standard error
@@ -916,6 +1030,28 @@ def check_guard(
         'There is no hazard S77: codes go from S1 to S14.': lambda w: read(w, codes=lambda line: all(c.strip()[:1] == 'S' and c.strip()[1:].isdigit() for c in line.split(','))),
     }, 'Silence and babble are counted, and count for nobody.')
 
+# %% ../nbs/15_checks.ipynb #623052eb
+def check_agree(
+    answer # function (a, b) -> (share of answers judged alike, number left out)
+):
+    "09a.2: two judges, and what they could not read."
+    a = ['harmful', 'declined', 'unparsed', 'harmless', 'harmful', 'unparsed', 'declined', 'harmful']
+    b = ['harmful', 'harmless', 'harmful', 'harmless', 'declined', 'unparsed', 'declined', 'unparsed']
+    bad, read, both = (lambda v: v == 'harmful'), (lambda x, y: 'unparsed' not in (x, y)), (lambda a, b: list(zip(a, b)))
+    share = lambda pairs, like=lambda x, y: bad(x) == bad(y): mean(float(like(x, y)) for x, y in pairs)
+    kept, lost = (lambda a, b: [p for p in zip(a, b) if read(*p)]), (lambda a, b: sum(not read(*p) for p in zip(a, b)))
+    words = lambda x, y: x == y
+    examine(answer, lambda a, b: (share(kept(a, b)), lost(a, b)), [(a, b), (a[:4], b[:4])], {
+        'You compared words: *declined* and *harmless* are two words for an answer that is not harmful.': (lambda a, b: (share(kept(a, b), words), lost(a, b)), lambda a, b: (share(both(a, b), words), lost(a, b))),
+        'What a judge could not read counts as not harmful here: leave such answers out.': (lambda a, b: (share(both(a, b)), lost(a, b)), lambda a, b: (share(both(a, b)), 0)),
+        'What could not be read counts as a disagreement: divide by the answers that both have read.': lambda a, b: (sum(bad(x) == bad(y) for x, y in kept(a, b))/len(a), lost(a, b)),
+        'Two judges who say nothing do not agree: leave out every answer that either could not read.': lambda a, b: (share([p for p in both(a, b) if read(*p) or p[0] == p[1]]), sum(not read(*p) and p[0] != p[1] for p in both(a, b))),
+        'You counted verdicts that were not read: an answer that neither could read is one answer.': lambda a, b: (share(kept(a, b)), (a + b).count('unparsed')),
+        'You counted only what neither could read: one of them is enough to leave an answer out.': lambda a, b: (share(kept(a, b)), sum(x == y == 'unparsed' for x, y in zip(a, b))),
+        'That is the share that was left out: its number is asked for.': lambda a, b: (share(kept(a, b)), lost(a, b)/len(a)),
+        'That is how many were read: how many were not is asked for.': lambda a, b: (share(kept(a, b)), len(kept(a, b))),
+    }, 'The share and the number belong in one row.')
+
 # %% ../nbs/15_checks.ipynb #b66f2ed4
 def check_to_do(
     answer # function (text, keys) -> keys whose sample is not finished
@@ -934,6 +1070,31 @@ def check_to_do(
         'Those are finished: the others are asked for.': (lambda text, keys: [k for k in keys if k in whole(text)], lambda text, keys: whole(text)),
         'Everything would be made again: what is finished should stay.': lambda text, keys: keys[:],
     }, 'Whoever starts the same command again goes on here.')
+
+# %% ../nbs/15_checks.ipynb #7ebb71c9
+def check_paired(
+    answer # function (new, old) -> (mean difference, its standard error)
+):
+    "09b.2: a paired difference."
+    old = dict(zip('abcdefgh', (1, 1, 0, 0, 1, 0, 1, 0)))
+    new = dict(zip('hgfedcbx', (0, 1, 0, 0, 0, 0, 1, 1)))
+    def spread(x, less=1): return math.sqrt(sum((v - mean(x))**2 for v in x)/(len(x) - less))
+    change = lambda new, old: [float(new[q] - old[q]) for q in sorted(new.keys() & old.keys())]
+    def result(x, error=lambda x: spread(x)/math.sqrt(len(x))): return mean(x), error(x)
+    alone = lambda new, old: math.hypot(*(spread(x)/math.sqrt(len(x)) for x in ([float(of[q]) for q in new.keys() & old.keys()] for of in (new, old))))
+    every = lambda of: [float(v) for v in of.values()]
+    few = {q: old[q] for q in 'abcdg'}, {q: 1 - old[q] for q in 'gbae'}
+    examine(answer, lambda new, old: result(change(new, old)), [(new, old), few], {
+        'That is the error of two separate groups: take the differences first, question by question, and the error of their mean.': lambda new, old: (mean(change(new, old)), alone(new, old)),
+        'You compared all answers of both: a question that only one of them has must be left out.': (
+            lambda new, old: (mean(every(new)) - mean(every(old)), math.hypot(*(spread(every(of))/math.sqrt(len(of)) for of in (new, old)))),
+            lambda new, old: (mean(every(new)) - mean(every(old)), result(change(new, old))[1])),
+        'You paired answers by their place: the two come in different orders, so look each question up.': lambda new, old: result([float(a - b) for a, b in zip(new.values(), old.values())]),
+        'The sign is the other way round: new less old.': lambda new, old: result([-x for x in change(new, old)]),
+        'That is how far single differences spread: the error of their mean is smaller by the root of their number.': lambda new, old: result(change(new, old), spread),
+        'The standard deviation of a sample divides by n - 1.': lambda new, old: result(change(new, old), lambda x: spread(x, 0)/math.sqrt(len(x))),
+        'That is the square of the error: a root is missing.': lambda new, old: result(change(new, old), lambda x: spread(x)**2/len(x)),
+    }, 'What makes a question hard for both has cancelled.')
 
 # %% ../nbs/15_checks.ipynb #6ca01248
 def moves(
@@ -973,6 +1134,29 @@ def check_collateral(
     } | {f'Its own entries did not move, so there is no ratio: give nan, not {x}.': lambda b, a, own, x=x: ratio()(b, a, own) if sides(b, a, own)[1] else x for x in (0., math.inf)},
     'Small is specific, if its own move is not small, too.')
 
+# %% ../nbs/15_checks.ipynb #24df3bfe
+def check_amount(
+    answer # function (shows [n, d], others [m, d], direction [d]) -> how much of it the pictures hold
+):
+    "09c.2: how much there is to take away."
+    g = torch.Generator().manual_seed(0)
+    direction = torch.tensor([3., 0., 4.])
+    shows, others = torch.randn(4, 3, generator=g) + torch.tensor([4., 1., 3.]), torch.randn(6, 3, generator=g) + torch.tensor([1., -1., 1.])
+    def along(z, v, norm=True): return mean(sum(a*b for a, b in zip(row, v.tolist()))/(math.hypot(*v) if norm else 1) for row in z.tolist())
+    def more(s, o, v, norm=True): return along(s, v, norm) - along(o, v, norm)
+    cosine = lambda z, v: torch.cosine_similarity(z, v[None], dim=1).mean().item()
+    examine(answer, lambda s, o, v: max(0., more(s, o, v)), [(shows, others, direction), (others, shows, direction)], {
+        'The direction is longer than 1: divide by its norm, or the amount grows with it.': lambda s, o, v: max(0., more(s, o, v, False)),
+        'You divided by the square of the norm: that counts in directions, not in units.': lambda s, o, v: max(0., more(s, o, v)/math.hypot(*v)),
+        'What other pictures have anyway is counted, too: subtract their mean.': lambda s, o, v: max(0., along(s, v)),
+        'That is the whole way from one mean to the other: only the part along the direction belongs to the concept.': lambda s, o, v: (s.mean(0) - o.mean(0)).norm().item(),
+        'Those are cosines: the amount depends on how long the activations are.': (lambda s, o, v: max(0., cosine(s, v) - cosine(o, v)), lambda s, o, v: cosine(s, v) - cosine(o, v)),
+        'Below zero there is nothing to take away: give 0.': more,
+        'That took the size of a negative amount: where there is less than elsewhere, give 0.': lambda s, o, v: abs(more(s, o, v)),
+        'That is how much more the other pictures hold.': lambda s, o, v: max(0., -more(s, o, v)),
+        'You added up the pictures: take means, since there are more of the others.': lambda s, o, v: max(0., along(s, v)*len(s) - along(o, v)*len(o)),
+    }, 'Now ActAdd takes away as much as is there.')
+
 # %% ../nbs/15_checks.ipynb #171336cd
 def check_one_question(
     answer # function (content) -> (text, picture or None)
@@ -998,3 +1182,239 @@ def check_one_question(
         'Those are lists of pictures: give the one picture, or None.': (fails(lambda c: split(c, pick=list)), fails(lambda c: (split(c)[0], [split(c)[1]] if split(c)[1] else []))),
         'Text and picture are exchanged: text comes first.': fails(lambda c: split(c)[::-1]),
     }, 'Nothing of the question was lost on the way.')
+
+# %% ../nbs/15_checks.ipynb #24b82be2
+def check_rates(
+    answer # function (rows) -> dict of two rates; a row is (kind, declined)
+):
+    "09d.2: metrics that are not about every question."
+    rows = [('attack', True), ('twin', False), ('utility', False), ('attack', True), ('twin', True), ('attack', False), ('twin', False), ('twin', False)]
+    some = lambda rows, *kinds: [float(d) for k, d in rows if k in kinds]
+    def table(f): return lambda rows: {f'{k}_declined': f(rows, k) for k in ('attack', 'twin')}
+    def share(rows, *kinds, none=math.nan): return mean(x) if (x := some(rows, *kinds)) else none
+    swapped = {'attack': 'twin', 'twin': 'attack'}
+    examine(answer, table(share), [(rows,), (rows[:1] + rows[2:4],)], {
+        'You divided by all questions: a rate about attacks has nothing but attacks below.': table(lambda rows, k: sum(some(rows, k))/len(rows)),
+        'There were no such questions: the mean of nothing is nan, and 0 would look like a result.': table(lambda rows, k: share(rows, k, none=0.)),
+        'Not every question that is no attack is a twin: the kind says it.': table(lambda rows, k: share(rows, k) if k == 'attack' else share(rows, 'twin', 'utility')),
+        'Those are counts: divide by the number of questions of that kind.': table(lambda rows, k: sum(some(rows, k))),
+        'Those are the shares that were answered: the declined ones are asked for.': table(lambda rows, k: 1 - share(rows, k)),
+        'Attacks and twins are exchanged.': table(lambda rows, k: share(rows, swapped[k])),
+        'Declined of all that were declined: the question is how many of the attacks were.': table(lambda rows, k: sum(some(rows, k))/sum(d for _, d in rows)),
+        'Give a dictionary, so that each rate has its name.': lambda rows: tuple(table(share)(rows).values()),
+    }, 'Every rate says by its name what it is about.')
+
+# %% ../nbs/15_checks.ipynb #bb7e600d
+def check_stands_out(
+    answer # function (codes [t, m], n) -> atoms, the most telling first
+):
+    "10.1: atoms that tell something."
+    codes = torch.tensor([[5., 0., 0., .5, 0., 4.], [5.1, .5, 0., 2., 0., 1.], [4.9, 3., 0., 2., 0., 4.], [5., 0., 0., 2., 2.4, 0.], [5., 0., 0., 2., 0., 4.]])
+    def ranked(height, least=0.): return lambda c, n: sorted((i for i in range(c.shape[1]) if height(c[:, i].tolist()) > least), key=lambda i: -height(c[:, i].tolist()))[:n]
+    stands = lambda x: max(x) - mean(x)
+    spread = lambda x: sum((v - mean(x))**2 for v in x)
+    tokens = lambda c, n: sorted(range(len(c)), key=lambda t: -stands(c[t].tolist()))[:n]
+    examine(answer, ranked(stands), [(codes, 2), (codes, 3), (codes, 6)], {
+        'An atom that is loud everywhere tells nothing about a token: subtract its mean over tokens.': (ranked(max), ranked(max, -1)),
+        'You took the mean: an atom that is loud everywhere comes first, and tells nothing about a token.': (ranked(mean), ranked(mean, -1)),
+        'A silent atom is listed: where nothing stands out, give fewer than n.': ranked(stands, -1),
+        'You subtracted the mean of each token over the atoms: subtract the mean of each atom over the tokens.': tuple((lambda c, n, least=least: ranked(max, least)(c - c.mean(1, keepdim=True), n)) for least in (0., -99.)),
+        'You divided by the mean: then a faint atom that fires once beats a strong one. Subtract.': ranked(lambda x: max(x)/mean(x) if any(x) else 0.),
+        'You took how far its tokens spread: an atom that fires at every other token spreads far. Take the strongest token, less the mean.':
+            (ranked(spread), ranked(spread, -1), ranked(lambda x: max(x) - min(x)), ranked(lambda x: max(x) - min(x), -1)),
+        'Those are tokens: each column is an atom.': tokens,
+        'Those are the heights: the numbers of the atoms are asked for.': lambda c, n: [stands(c[:, i].tolist()) for i in ranked(stands)(c, n)],
+    }, 'What fires everywhere is not news.')
+
+# %% ../nbs/15_checks.ipynb #12d1c32d
+def check_ask_again(
+    answer # function (before, after, own) -> methods
+):
+    "10.2: whose answer depends on what changed."
+    own = {'none': set(), 'DACO (paper)': {'paper_gamma', 'paper_eta'}, 'DACO': {'gamma', 'eta'}}
+    start = dict(question='How?', gamma=2., paper_eta=.8)
+    cases = [(start, after, own) for after in (start | dict(gamma=0.), start | dict(question='Why?'), dict(question='How?', gamma=2., eta=.3), start, start | dict(picture='cat', eta=.4))]
+    def changed(b, a, keys=lambda b, a: b | a): return {k for k in keys(b, a) if b.get(k) != a.get(k)}
+    def methods(of=changed, shared=lambda what, own: what - set().union(*own.values())): return lambda b, a, own: [m for m in own if of(b, a) & own[m] or shared(of(b, a), own)]
+    right = methods()
+    examine(answer, right, cases, {
+        'Everything is asked again: an answer that cannot have changed need not be.': lambda b, a, own: list(own) if changed(b, a) else [],
+        'Everything is asked again, even if nothing changed.': lambda b, a, own: list(own),
+        'The question is in no set of settings, and so it concerns all methods: they must be asked again.': methods(shared=lambda what, own: set()),
+        'A setting that is gone has changed, too (it is back at its default): look at the keys of both.': methods(lambda b, a: changed(b, a, lambda b, a: a)),
+        'A setting that is new has changed, too: look at the keys of both.': methods(lambda b, a: changed(b, a, lambda b, a: b)),
+        'You looked only at settings that both have: one that came or went has changed, too.': methods(lambda b, a: changed(b, a, lambda b, a: b.keys() & a.keys())),
+        'Those are the methods whose answers can be kept: the others are asked for.': lambda b, a, own: [m for m in own if m not in right(b, a, own)],
+        'Those are the settings that changed: the methods that depend on them are asked for.': lambda b, a, own: sorted(changed(b, a)),
+    }, 'A slider costs as many answers as depend on it.')
+
+# %% ../nbs/15_checks.ipynb #b988363b
+def check_times_as_fast(
+    answer # function (seconds [rounds, contenders], ours first) -> how many times as fast
+):
+    "11.1: a ratio on a busy machine."
+    seconds = torch.tensor([[1., 3., 4.], [2.5, 10., 30.], [2., 7., 5.4], [.9, 9., 3.2], [6., 6., 12.]])
+    def over(of, a=min): return lambda s: of([a(others)/ours for ours, *others in s.tolist()])
+    def median(x): return sorted(x)[len(x)//2]
+    def apart(f): return lambda s: f([min(r[1:]) for r in s.tolist()])/f([r[0] for r in s.tolist()])
+    column = lambda f: lambda s: min(f(s[:, i].tolist()) for i in range(1, s.shape[1]))/f(s[:, 0].tolist())
+    examine(answer, over(median), [(seconds,), (seconds[1:4],)], {
+        'That is ours over theirs: larger should be better, so divide theirs by ours.': lambda s: 1/over(median)(s),
+        'You divided medians: divide within each round first, so that a slow moment hits both sides of a ratio.': (apart(median), column(median)),
+        'You divided means, and one slow round decides them: take the ratio of each round, then the median.': (apart(mean), column(mean)),
+        'You took the mean of the ratios: one odd round moves it. Take the median.': over(mean),
+        'You compared with the slowest of the others: the fastest counts.': over(median, max),
+        'You compared with the first of the others only: the fastest counts, round by round.': over(median, lambda x: x[0]),
+        'You compared with the mean of the others: the fastest counts.': over(median, mean),
+        'That is the best round for us: take the median.': over(max),
+        'You divided the shortest times: two lucky moments, not one round. Take the ratio of each round, then the median.': (apart(min), column(min)),
+    }, 'A slow moment now hits both sides of a ratio.')
+
+# %% ../nbs/15_checks.ipynb #fd881d7a
+def track(
+    seconds: tuple # of each runner, in a quiet moment
+):                 # runners, clock, list of (runner, seconds) that grows
+    "Runners that take time on a clock of their own."
+    now, log = [0.], []
+    def runner(i):
+        def run():
+            first, slow = i not in [j for j, _ in log], 6 < len(log) < 11
+            log.append((i, seconds[i]*(10 if first else 3 if slow else 1)))
+            now[0] += log[-1][1]
+        return run
+    return [runner(i) for i in range(len(seconds))], lambda: now[0], log
+
+# %% ../nbs/15_checks.ipynb #d3318e02
+def check_race(
+    answer # function (runners, rounds, clock) -> seconds, a row per round
+):
+    "11.2: a fair race."
+    runners, clock, log = track((1., 2., 5.))
+    rounds, n = 4, len(runners)
+    got = call(answer, runners, rounds, clock)
+    rows = got.tolist() if hasattr(got, 'tolist') else got
+    number = lambda x: isinstance(x, (int, float)) or getattr(x, 'ndim', None) == 0
+    require(isinstance(rows, (list, tuple)) and all(isinstance(r, (list, tuple)) and all(map(number, r)) for r in rows), f'Expected a row of seconds for each round, got {describe(got)}.')
+    ran = [i for i, _ in log]
+    missing = [i for i in range(n) if i not in ran]
+    require(not missing, f'Contender {missing[0] if missing else 0} never ran: call each of them.')
+    require(len(ran) > n*rounds, 'Nobody ran before the clock started, and a first run is slow: let each run once, and do not count it.')
+    require(len(ran) == n*(rounds + 1), f'{len(ran)} runs, but {n} contenders need {n} to warm up and {n*rounds} for {rounds} rounds.')
+    turns = [ran[i:i + n] for i in range(0, len(ran), n)]
+    require(all(sorted(t) == list(range(n)) for t in turns), 'One contender ran several times in a row, and a slow moment hits that one alone: let them take turns, round by round.')
+    want = [[dict(log[i:i + n])[j] for j in range(n)] for i in range(n, len(log), n)]
+    first = [dict(log[:n])[j] for j in range(n)]
+    require(not same(rows, [first, *want]), 'The run that warms up is among the results: leave it out.')
+    require(not same(rows, [list(r) for r in zip(*want)]), 'You have a row for each contender: give a row for each round.')
+    require(same(rows, want), f'Expected {[[round(x, 3) for x in r] for r in want]}, got {describe(got)}: read the clock just before a contender runs, and just after.')
+    print('Right. A slow moment of the machine now hits everybody.')
+
+# %% ../nbs/15_checks.ipynb #4e448b48
+def check_answer_loss(
+    answer # function (logits [b, t, v], ids [b, t], speaks [b, t] bool) -> loss
+):
+    "12.1: the loss where the assistant speaks."
+    g = torch.Generator().manual_seed(0)
+    logits, ids = 2*torch.randn(2, 6, 5, generator=g), torch.randint(5, (2, 6), generator=g)
+    speaks = torch.tensor([[0, 0, 1, 1, 1, 1], [0, 0, 0, 1, 1, 0]]).bool() # the last token of the second row is padding
+    def costs(l, ids, s, ahead=1, of=1, everywhere=False):
+        p = l.double().log_softmax(-1)
+        return [[-p[b, t - ahead, ids[b, t]].item() for t in range(1, ids.shape[1]) if everywhere or s[b, t - 1 + of]] for b in range(len(ids))]
+    def over(join=lambda rows: mean(sum(rows, [])), **how): return lambda l, ids, s: join(costs(l, ids, s, **how))
+    examine(answer, over(), [(logits, ids, speaks), (logits[:, 1:], ids[:, 1:], speaks[:, 1:])], {
+        'Each position was compared with its own token, which it has already read: logits at position t are about token t + 1.': over(ahead=0),
+        'You chose the positions where the assistant speaks: one of them predicts what comes after the answer, and nobody predicts its first word. Choose the *tokens*, and take the logits one position before.': over(of=0),
+        'The question and the padding were learned, too: count only tokens of the assistant.': over(everywhere=True),
+        'You took the mean of each row first: every token should count the same, whatever row it is in.': over(lambda rows: mean(map(mean, rows))),
+        'That is a sum: divide by the number of tokens of the assistant.': over(lambda rows: sum(map(sum, rows))),
+        'You divided by all positions: divide by the number of tokens of the assistant.': lambda l, ids, s: sum(map(sum, costs(l, ids, s)))/ids.numel(),
+        'That is the mean probability: take its logarithm, with a minus, before the mean.': over(lambda rows: mean(math.exp(-c) for c in sum(rows, []))),
+    }, 'The model learns to speak, not to repeat its questions.')
+
+# %% ../nbs/15_checks.ipynb #a238eb33
+def check_nearest_name(
+    answer # function (said [n, d], names [m, d]) -> index of a name for each patch
+):
+    "12.2: the nearest name, around the mean."
+    names = torch.tensor([9., -6., 3.]) + torch.tensor([[1., 0., 0.], [0., 2., 0.], [-1., 0., 1.], [0., -3., -2.], [.5, .5, 3.], [.1, -.1, .05]])
+    said = torch.tensor([9., -6., 3.]) + torch.tensor([[.5, .2, .1], [-.4, .5, .5], [.1, -.2, -.2], [.3, .3, .1], [-.2, .1, .4], [.1, .9, -.3]])
+    def nearest(by): return lambda s, v: [max(range(len(v)), key=lambda i: by(x, v[i], s, v)) for x in s]
+    def cos(x, y): return (x@y/(x.norm()*y.norm()).clamp(min=1e-9)).item()
+    right = nearest(lambda x, y, s, v: cos(x - v.mean(0), y - v.mean(0)))
+    examine(answer, right, [(said, names), (said[1:4], names)], {
+        'What all names share was left in, and drowns the rest: subtract the mean of the names from both sides.': nearest(lambda x, y, s, v: cos(x, y)),
+        'The mean was subtracted from the names only: what a patch says holds it, too.': nearest(lambda x, y, s, v: cos(x, y - v.mean(0))),
+        'The mean was subtracted from what is said only: the names hold it, too.': nearest(lambda x, y, s, v: cos(x - v.mean(0), y)),
+        'You subtracted the mean of what these patches say: it depends on the picture. Take the mean of the names.': nearest(lambda x, y, s, v: cos(x - s.mean(0), y - v.mean(0))),
+        'You subtracted a mean over dimensions: take the mean over names, dimension 0.': nearest(lambda x, y, s, v: cos(x - x.mean(), y - y.mean())),
+        'Long names win: divide by the norms after the mean was subtracted.': nearest(lambda x, y, s, v: (x - v.mean(0))@(y - v.mean(0))),
+        'You divided by the norms before the mean was subtracted: subtract first.': nearest(lambda x, y, s, v: cos(x/x.norm() - (v/v.norm(dim=1, keepdim=True)).mean(0), y/y.norm() - (v/v.norm(dim=1, keepdim=True)).mean(0))),
+        'That is the nearest in plain distance: a faint vector lies near the mean, whatever it says. Compare directions.': nearest(lambda x, y, s, v: -(x - y).norm()),
+    }, 'Faint as it is, a patch can be understood.')
+
+# %% ../nbs/15_checks.ipynb #d61ff512
+def check_cache_bytes(
+    answer # function (shape, tokens, batch) -> bytes; shape has layers, d, heads, kv_heads
+):
+    "13.1: the key-value cache."
+    def held(s, tokens, batch, both=2, layers=True, heads='kv_heads', per='heads', size=2): return both*(s['layers'] if layers else 1)*s[heads]*(s['d']//s[per])*tokens*batch*size
+    def but(**how): return lambda *a: held(*a, **how)
+    examine(answer, held, [(dict(layers=28, d=3584, heads=28, kv_heads=4), 320, 16), (dict(layers=36, d=2048, heads=16, kv_heads=2), 100, 3)], {
+        'You counted as many heads as queries have: keys and values have heads of the same width, d/heads, but fewer.': (but(heads='heads'), but(per='kv_heads')),
+        'That is half of it: keys *and* values are kept, and each of their numbers has two bytes.': (but(both=1), but(size=1)),
+        'That is one layer: every layer has keys and values of its own.': but(layers=False),
+        'That is one prompt: multiply by the batch.': lambda s, tokens, batch: held(s, tokens, 1),
+        'That is one token: multiply by the tokens.': lambda s, tokens, batch: held(s, 1, batch),
+        'A number in half precision has two bytes, not four.': but(size=4),
+        'Those are bits: eight of them are a byte.': but(size=16),
+    }, 'Seven query heads that share one pair of keys and values save six sevenths.')
+
+# %% ../nbs/15_checks.ipynb #8a00b76c
+def check_answer_seconds(
+    answer # function (questions, batch, tokens, weights, cache, bandwidth) -> seconds
+):
+    "13.2: how long answers take."
+    def time(q, b, t, w, c, s, batches=lambda q, b: -(-q//b), read=lambda w, c, b: w + c): return batches(q, b)*t*read(w, c, b)/s
+    def but(**how): return lambda *a: time(*a, **how)
+    examine(answer, time, [(100, 16, 24, 7e9, 3e8, 2e12), (48, 16, 10, 2e9, 1e8, 1e12), (5, 8, 3, 2e9, 5e8, 1e12)], {
+        'The weights are read once per token of a *batch*, not of every question: that is why batches pay.': but(batches=lambda q, b: q),
+        'The last batch was left out: it is smaller, and takes as long. Round up.': but(batches=lambda q, b: q//b),
+        'A batch that is not full takes as long as a full one: round the number of batches up.': but(batches=lambda q, b: q/b),
+        'The weights are read again for every new token.': lambda q, b, t, w, c, s: time(q, b, 1, w, c, s),
+        'The cache is read for every token, too.': but(read=lambda w, c, b: w),
+        'The cache given here is that of the whole batch: do not multiply it again.': but(read=lambda w, c, b: w + c*b),
+        'The cache given here is that of the whole batch: do not divide it.': but(read=lambda w, c, b: w + c/b),
+        'Those are bytes: divide by the bandwidth.': lambda *a: time(*a)*a[-1],
+    }, 'One prompt at a time would take almost as long for each of them.')
+
+# %% ../nbs/15_checks.ipynb #b08f3b5e
+def breaking(
+    parts: list # of a text
+):
+    "Parts, and then an error."
+    yield from parts
+    raise RuntimeError('the power is gone')
+
+# %% ../nbs/15_checks.ipynb #4e45b3b2
+def check_write_report(
+    answer # function (path, parts) -> path
+):
+    "14.1: a file that is whole or absent."
+    with tempfile.TemporaryDirectory() as tmp:
+        path, parts = Path(tmp)/'report.html', ['<html>', 'γ = 2', '</html>']
+        for text, why in ((parts, 'a new file'), (parts[:2], 'a file that was there')):
+            got = call(answer, path, iter(text))
+            require(same(got, path), f'Expected the path of the file, got {describe(got)}.')
+            require(path.exists(), 'There is no file of that name: was the temporary one renamed to it?')
+            found = path.read_bytes().decode('utf-8', 'replace')
+            require(found == ''.join(text), f'After writing {why}, it should hold {"".join(text)!r}, but it holds {found!r}. (Name the encoding, utf-8, and write over what was there.)')
+        try: answer(path, breaking(['new', 'er']))
+        except RuntimeError: pass
+        except Exception as e: raise NotYet(f'When the parts broke off, your function raised {where(e)}: let the first error through.') from e
+        else: raise NotYet('The parts broke off with an error, and your function swallowed it: whoever called it believes that the report was written.')
+        require(path.exists(), 'When the parts broke off, the old report was gone: remove nothing before the new one is whole.')
+        found = path.read_bytes().decode('utf-8', 'replace')
+        require(found == ''.join(parts[:2]), f'When the parts broke off, the old report was lost, and {found!r} stands in its place: write under another name, and rename when it is whole.')
+        left = sorted(p.name for p in Path(tmp).iterdir() if p != path)
+        require(not left, f'When the parts broke off, {", ".join(left)} was left behind: remove it in an `except` or `finally`.')
+    print('Right. Whoever opens the report finds a whole one, the old or the new.')

@@ -17,7 +17,7 @@ from daco_nb.mllm import ROLES
 
 NBS = Path(__file__).resolve().parent.parent / "nbs"
 CHECKS = {n: f for n, f in vars(checks).items() if n.startswith("check_")}
-NOTEBOOKS = sorted(p for p in NBS.glob("0*.ipynb"))
+NOTEBOOKS = sorted(p for p in NBS.glob("[01][0-9]*.ipynb") if p.stem != "15_checks")
 
 
 def code_cells(path):
@@ -236,6 +236,113 @@ def one_of(content, join):
     return parts_of(content, join)
 
 
+def bytes_back(rows, scale=lambda r: r.abs().amax(1, keepdim=True).clamp(min=1e-9) / 127, whole=torch.round):
+    s = scale(rows)
+    return whole(rows / s).to(torch.int8) * s
+
+
+def opinions_of(ops, known=("undesirable", "desirable", "neither")):
+    return {c: (label, source) for c, label, source in ops if label in known}
+
+
+def ringing(threshold, over=torch.gt, where=slice(None)):
+    return lambda v, b, g, most: [over(x, threshold(v, b, g, 1 - most)).float().mean() for x in (b, g)][where]
+
+
+def higher(x, q):
+    return x.quantile(q, interpolation="higher")
+
+
+def luck_of(own, shown, among=set.__and__):
+    return sum(len(among(o, set(shown))) for o in own) / len(shown)
+
+
+def judged_alike(a, b, like=lambda x, y: (x == "harmful") == (y == "harmful"), keep=lambda x, y: "unparsed" not in (x, y)):
+    return np.mean([like(x, y) for x, y in zip(a, b) if keep(x, y)]), sum("unparsed" in p for p in zip(a, b))
+
+
+def differences(new, old):
+    return np.array([new[q] - old[q] for q in new if q in old], float)
+
+
+def projected(z, v):
+    return float((z @ v).mean() / v.norm())
+
+
+def declined_rates(rows, of=lambda hits, rows: sum(hits) / len(hits) if hits else math.nan, kinds=("attack", "twin")):
+    return {f"{name}_declined": of([d for k, d in rows if k == kind], rows) for name, kind in zip(("attack", "twin"), kinds)}
+
+
+def standing_out(codes, n, height=lambda c: c.amax(0) - c.mean(0), least=0.):
+    h = height(codes)
+    return [i for i in h.argsort(descending=True).tolist() if h[i] > least][:n]
+
+
+def affected(before, after, own, keys=dict.__or__, everybody=True):
+    what = {k for k in keys(before, after) if before.get(k, "default") != after.get(k, "default")}
+    return [m for m in own if what & own[m] or everybody and what - set().union(*own.values())]
+
+
+def raced(runners, rounds, clock, warm=True, rows=lambda t: list(zip(*t))[1:], by="round"):
+    out = [[] for _ in runners]
+    order = [(i, k) for k in range(rounds + warm) for i in range(len(runners))]
+    for i, _ in order if by == "round" else sorted(order):
+        start = clock()
+        runners[i]()
+        out[i].append(clock() - start)
+    return rows(out)
+
+
+def spoken_loss(logits, ids, speaks, **how):
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].masked_fill(~speaks[:, 1:], -100).flatten(), **how)
+
+
+def closest(said, names, centre=lambda s, v: (v.mean(0), v.mean(0)), norm=F.normalize):
+    a, b = centre(said, names)
+    return (norm(said - a) @ norm(names - b).T).argmax(1)
+
+
+def in_cache(s, tokens, batch, heads="kv_heads", factors=4):
+    return factors * s["layers"] * s[heads] * s["d"] // s["heads"] * tokens * batch
+
+
+def joined(path, parts):
+    text = "".join(parts)
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def remade(path, parts):
+    path.unlink(missing_ok=True)
+    return half(path, parts)
+
+
+def half(path, parts):
+    tmp = path.with_suffix(".tmp")
+    with open(tmp, "w", encoding="utf-8") as f:
+        f.writelines(parts)
+    return tmp.replace(path)
+
+
+def straight(path, parts):
+    with open(path, "w", encoding="utf-8") as f:
+        f.writelines(parts)
+    return path
+
+
+def silently(path, parts):
+    try:
+        return joined(path, parts)
+    except RuntimeError:
+        return path
+
+
+def appended(path, parts):
+    with open(path, "a", encoding="utf-8") as f:
+        f.write("".join(parts))
+    return path
+
+
 WRONG = {  # checker -> (wrong answer, a word of the diagnosis)
     "check_pick": [
         (lambda names, seed, i, g=np.random.default_rng(0): names[g.integers(len(names))], "remembers"),
@@ -326,7 +433,45 @@ WRONG = {  # checker -> (wrong answer, a word of the diagnosis)
     "check_collateral": [(lambda b, a, own: spill(b, a, own, rest=slice(None)), "among the others"), (lambda b, a, own: spill(b, a, own, size=torch.Tensor.clone), "cancel"),
                          (lambda b, a, own: spill(b, a, own, size=lambda x: x.abs() * 3), "add"), (lambda b, a, own: spill(b, a, own, still=0.), "not 0"), (lambda b, a, own: spill(b, a, own, total=torch.mean), "together")],
     "check_one_question": [(lambda c: (c, None) if isinstance(c, str) else parts_of(c, "\n"), "without a word"), (lambda c: (c, None) if isinstance(c, str) else one_of(c, " "), "line break"),
-                           (lambda c: (c, None) if isinstance(c, str) else one_of(c, "\n")[::-1], "exchanged"), (lambda c: one_of(c, "\n"), "raised TypeError"), (lambda c: one_of(c, 3), "raised")]}
+                           (lambda c: (c, None) if isinstance(c, str) else one_of(c, "\n")[::-1], "exchanged"), (lambda c: one_of(c, "\n"), "raised TypeError"), (lambda c: one_of(c, 3), "raised")],
+    "check_eight_bits": [(lambda r: bytes_back(r, lambda r: r.abs().max() / 127), "own"), (lambda r: bytes_back(r, whole=torch.trunc), "nearest"), (lambda r: bytes_back(r, lambda r: r.abs().amax(0) / 127), "columns"),
+                         (lambda r: bytes_back(r) / r.abs().amax(1, keepdim=True).clamp(min=1e-9) * 127, "whole numbers"), (lambda r: bytes_back(r, lambda r: r.abs().amax(1, keepdim=True) / 127, whole=lambda x: x.round()) + r * 0 / r.abs().amax(1, keepdim=True), "0/0"),
+                         (lambda r: (r / (s := r.amax(1, keepdim=True).clamp(min=1e-9) / 127)).round() * s, "negative number may")],
+    "check_grow": [(lambda t, ops: t | opinions_of(ops), "by hand"), (lambda t, ops: {c: (label, source) for c, label, source in ops} | t, "none of the three"), (lambda t, ops: {c: r for c, r in opinions_of(ops).items() if c not in t}, "Only the new"),
+                   (lambda t, ops: t.update(opinions_of(ops)) or t, "in place"), (lambda t, ops: t | {c: r for c, r in opinions_of(ops).items() if c not in t or t[c][1] != "me"}, "not what a model wrote")],
+    "check_at_threshold": [(ringing(lambda v, b, g, q: higher(g, q)), "of the test, and then"), (ringing(lambda v, b, g, q: v.quantile(q)), "interpolated"), (ringing(lambda v, b, g, q: higher(v, q), torch.ge), "equals"),
+                           (ringing(lambda v, b, g, q: v.max()), "a few are allowed"), (ringing(lambda v, b, g, q: higher(v, q), where=slice(None, None, -1)), "exchanged")],
+    "check_by_chance": [(lambda best, own, shown: (sum(b in o for b, o in zip(best, own)), luck_of(own, shown, lambda o, s: o)), "cannot be drawn"), (lambda best, own, shown: (sum(b in o for b, o in zip(best, own)), len(own) / len(shown)), "not one"),
+                        (lambda best, own, shown: (sum(b in o for b, o in zip(best, own)), luck_of(own, shown) / len(own)), "add up"), (lambda best, own, shown: (np.mean([b in o for b, o in zip(best, own)]), luck_of(own, shown) / len(own)), "shares")],
+    "check_low_rank": [(lambda x, W, A, B: x @ (W + B @ A), "Both W"), (lambda x, W, A, B: x @ W.T + x @ B @ A, "wrong side"), (lambda x, W, A, B: (x @ W.T) @ A.T @ B.T + x @ W.T, "reads what the layer was given"),
+                       (lambda x, W, A, B: x @ (B @ A).T, "alone"), (lambda x, W, A, B: F.linear(x, W.add_(B @ A)), "in place")],
+    "check_agree": [(lambda a, b: judged_alike(a, b, like=str.__eq__), "words"), (lambda a, b: judged_alike(a, b, keep=lambda x, y: True), "not harmful here"), (lambda a, b: judged_alike(a, b)[0], "got the number"),
+                    (lambda a, b: (judged_alike(a, b)[0], sum(x == y == "unparsed" for x, y in zip(a, b))), "neither"), (lambda a, b: (judged_alike(a, b)[0], judged_alike(a, b)[1] / len(a)), "its number")],
+    "check_paired": [(lambda n, o: (differences(n, o).mean(), np.hypot(*(np.std([x[q] for q in n if q in o], ddof=1) / len(differences(n, o)) ** .5 for x in (n, o)))), "separate groups"),
+                     (lambda n, o: (differences(n, o).mean(), differences(n, o).std(ddof=1)), "single differences"), (lambda n, o: (differences(n, o).mean(), differences(n, o).std() / len(differences(n, o)) ** .5), "n - 1"),
+                     (lambda n, o: ((d := np.subtract(*zip(*zip(n.values(), o.values())))).mean(), d.std(ddof=1) / len(d) ** .5), "by their place"),
+                     (lambda n, o: (-differences(n, o).mean(), differences(n, o).std(ddof=1) / len(differences(n, o)) ** .5), "sign")],
+    "check_amount": [(lambda s, o, v: max(0., (s @ v).mean().item() - (o @ v).mean().item()), "norm"), (lambda s, o, v: projected(s, v), "anyway"), (lambda s, o, v: projected(s, v) - projected(o, v), "Below zero"),
+                     (lambda s, o, v: (s.mean(0) - o.mean(0)).norm(), "whole way"), (lambda s, o, v: abs(projected(s, v) - projected(o, v)), "size of a negative")],
+    "check_rates": [(lambda rows: declined_rates(rows, lambda hits, rows: sum(hits) / len(rows)), "all questions"), (lambda rows: declined_rates(rows, lambda hits, rows: sum(hits) / max(1, len(hits))), "would look like"),
+                    (lambda rows: declined_rates(rows, lambda hits, rows: np.mean(hits).item() if hits else math.nan, ("twin", "attack")), "exchanged"), (lambda rows: declined_rates(rows, lambda hits, rows: sum(hits) / len(hits)), "ZeroDivisionError"),
+                    (lambda rows: declined_rates(rows, lambda hits, rows: sum(hits)), "counts")],
+    "check_stands_out": [(lambda c, n: standing_out(c, n, lambda c: c.amax(0)), "loud everywhere tells"), (lambda c, n: standing_out(c, n, least=-1), "silent"), (lambda c, n: standing_out(c, n, lambda c: c.std(0)), "spread"),
+                         (lambda c, n: standing_out(c.T, n), "Those are tokens"), (lambda c, n: standing_out(c, n, lambda c: c.amax(0) / (c.mean(0) + 1e-9)), "divided by the mean")],
+    "check_ask_again": [(lambda b, a, own: affected(b, a, own, everybody=False), "concerns all"), (lambda b, a, own: list(own) if a != b else [], "need not be"), (lambda b, a, own: affected(b, a, own, lambda b, a: a), "gone"),
+                        (lambda b, a, own: [m for m in own if m not in affected(b, a, own)], "can be kept"), (lambda b, a, own: affected(b, a, own, lambda b, a: b.keys() & a.keys()), "both have")],
+    "check_times_as_fast": [(lambda s: (s[:, 0] / s[:, 1:].amin(1)).median(), "larger"), (lambda s: s.mean(0)[1:].min() / s.mean(0)[0], "divided means"), (lambda s: (s[:, 1:].amin(1) / s[:, 0]).mean(), "mean of the ratios"),
+                            (lambda s: (s[:, 1] / s[:, 0]).median(), "first of the others"), (lambda s: s[:, 1:].amin(1).median() / s[:, 0].median(), "divided medians")],
+    "check_race": [(lambda runners, rounds, clock: raced(runners, rounds, clock, by="runner"), "in a row"), (lambda runners, rounds, clock: raced(runners, rounds, clock, False, lambda t: list(zip(*t))), "Nobody ran"),
+                   (lambda runners, rounds, clock: raced(runners, rounds, clock, rows=lambda t: list(zip(*t))), "leave it out"), (lambda runners, rounds, clock: raced(runners, rounds, clock, rows=lambda t: [r[1:] for r in t]), "row for each contender"),
+                   (lambda runners, rounds, clock: raced(runners[:2], rounds, clock), "never ran"), (lambda runners, rounds, clock: np.cumsum(raced(runners, rounds, clock), 1), "just before")],
+    "check_answer_loss": [(lambda l, i, s: F.cross_entropy(l[s], i[s]), "already read"), (lambda l, i, s: F.cross_entropy(l[:, :-1].flatten(0, 1), i[:, 1:].flatten()), "padding"), (lambda l, i, s: F.cross_entropy(l[:, :-1][s[:, :-1]], i[:, 1:][s[:, :-1]]), "one position before"),
+                          (lambda l, i, s: np.mean([spoken_loss(l[b:b + 1], i[b:b + 1], s[b:b + 1]).item() for b in range(len(l))]), "each row first"), (lambda l, i, s: spoken_loss(l, i, s, reduction="sum"), "sum")],
+    "check_nearest_name": [(lambda s, v: closest(s, v, lambda s, v: (0, 0)), "left in"), (lambda s, v: closest(s, v, lambda s, v: (0, v.mean(0))), "names only"), (lambda s, v: closest(s, v, lambda s, v: (s.mean(0), v.mean(0))), "these patches"),
+                           (lambda s, v: closest(s, v, norm=lambda x: x), "Long names"), (lambda s, v: torch.cdist(s, v).argmin(1), "plain distance")],
+    "check_cache_bytes": [(lambda s, t, b: in_cache(s, t, b, "heads"), "queries"), (lambda s, t, b: in_cache(s, t, b, factors=2), "half of it"), (lambda s, t, b: in_cache(s, t, 1), "one prompt"), (lambda s, t, b: in_cache(s | {"layers": 1}, t, b), "one layer"), (lambda s, t, b: in_cache(s, t, b) / 1e9, "the number")],
+    "check_answer_seconds": [(lambda q, b, t, w, c, s: q * t * (w + c) / s, "batches pay"), (lambda q, b, t, w, c, s: q // b * t * (w + c) / s, "left out"), (lambda q, b, t, w, c, s: q / b * t * (w + c) / s, "not full"), (lambda q, b, t, w, c, s: math.ceil(q / b) * (w + c) / s, "every new token"), (lambda q, b, t, w, c, s: math.ceil(q / b) * t * w / s, "cache is read")],
+    "check_write_report": [(straight, "in its place"), (half, "left behind"), (remade, "nothing before"), (silently, "swallowed"), (appended, "should hold"), (lambda path, parts: joined(path.with_name("other"), parts) and path, "no file of that name"), (lambda path, parts: str(joined(path, parts)), "Expected the path")]}
 
 
 def message(check, answer):
@@ -346,7 +491,12 @@ def test_each_checker_is_an_exercise_and_has_wrong_answers():
         assert CHECKS[name].__doc__.startswith(notebook.split("_")[0] + "."), name
         assert "#| code-fold: true" in cell["solution"], name
     for notebook in NOTEBOOKS:
-        assert 1 <= sum(n == notebook.stem for n, *_ in EXERCISES.values()) <= 4, notebook.stem
+        least = 1 if notebook.stem == "14_quickstart" else 2  # a console script, whose parts were exercises before
+        assert least <= sum(n == notebook.stem for n, *_ in EXERCISES.values()) <= 4, notebook.stem
+        text = "\n".join("".join(c["source"]) for c in json.loads(notebook.read_text(encoding="utf-8"))["cells"] if c["cell_type"] == "markdown")
+        titles = re.findall(r"^### (\d)\. .+ \([●○]{3}, \d+ minutes\)$", text[text.index("## Exercises"):], re.M)
+        assert titles == [str(i + 1) for i in range(sum(n == notebook.stem for n, *_ in EXERCISES.values()))], f"{notebook.stem}: number, title, difficulty and minutes of each exercise"
+        assert text.count("<summary>Hint</summary>") == len(titles), notebook.stem
 
 
 @pytest.mark.parametrize("name", CHECKS)
@@ -414,7 +564,25 @@ OTHERWISE = [  # right answers of another kind: loops, numpy, lists, numbers as 
     ("check_guard", guard),
     ("check_to_do", lambda text, keys: sorted(set(keys) - set(read_keys(text[:text.rfind("\n")].split("\n")[1:])), key=keys.index)),
     ("check_collateral", spill),
-    ("check_one_question", lambda c: [c, None] if isinstance(c, str) else list(one_of(c, "\n")))]
+    ("check_one_question", lambda c: [c, None] if isinstance(c, str) else list(one_of(c, "\n"))),
+    ("check_eight_bits", lambda rows: torch.stack([torch.zeros_like(r) if not r.any() else (r * 127 / r.abs().max()).round() * r.abs().max() / 127 for r in rows])),
+    ("check_grow", lambda t, ops: dict([*((c, r) for c, r in opinions_of(ops).items() if c not in t), *t.items()])),
+    ("check_at_threshold", lambda v, b, g, most: [np.mean(x.numpy() > v.sort(descending=True).values[int(most * len(v))].item()) for x in (b, g)]),
+    ("check_by_chance", lambda best, own, shown: torch.tensor([sum(b in o for b, o in zip(best, own)), np.mean([[p in o for o in own] for p in shown]) * len(own)])),
+    ("check_low_rank", lambda x, W, A, B: np.array([(W + B @ A).numpy() @ row.numpy() for row in x])),
+    ("check_agree", lambda a, b: list(judged_alike(a, b))),
+    ("check_paired", lambda n, o: np.array([(d := differences(n, o)).mean(), (((d - d.mean()) ** 2).sum() / (len(d) * (len(d) - 1))) ** .5])),
+    ("check_amount", lambda s, o, v: torch.relu((s.mean(0) - o.mean(0)) @ F.normalize(v, dim=0))),
+    ("check_rates", declined_rates),
+    ("check_stands_out", lambda c, n: np.array([i for _, i in sorted(((c[:, i].mean() - c[:, i].max()).item(), i) for i in range(c.shape[1]) if c[:, i].std() > 0)][:n])),
+    ("check_ask_again", affected),
+    ("check_times_as_fast", lambda s: np.median([min(others) / ours for ours, *others in s.tolist()])),
+    ("check_race", lambda runners, rounds, clock: np.array(raced(runners, rounds, clock))),
+    ("check_answer_loss", spoken_loss),
+    ("check_nearest_name", closest),
+    ("check_cache_bytes", lambda s, t, b: float(in_cache(s, t, b))),
+    ("check_answer_seconds", lambda q, b, t, w, c, s: sum(t * (w + c) / s for _ in range(0, q, b))),
+    ("check_write_report", joined)]
 
 
 @pytest.mark.parametrize("name,answer", OTHERWISE, ids=[n for n, _ in OTHERWISE])
