@@ -4,6 +4,7 @@ import json
 import re
 import sys
 from configparser import ConfigParser
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
@@ -50,6 +51,24 @@ def test_settings():
     for text in cfg["requirements"].split():
         assert any(s.operator in ("<", "==", "~=") for s in Requirement(text).specifier), text
     assert f'"{cfg["version"]}"' in (ROOT / "daco_nb/__init__.py").read_text()
+
+
+UNSAID = {"gguf", "accelerate"}  # what transformers imports on its own when it reads the language model's GGUF file
+OPTIONAL = {"peft", "pytest"}  # needed by training the demo model and by tests only; brought by `[dev]`
+
+
+def test_requirements_cover_imports():
+    "Whoever installs without extras can run everything: what a module imports at its top is required, and what transformers imports for it."
+    parser = ConfigParser(delimiters=["="])
+    parser.read(ROOT / "settings.ini", encoding="utf-8")
+    required = {Requirement(r).name.lower() for r in parser["DEFAULT"]["requirements"].split()}
+    trees = [ast.parse(m.read_text(encoding="utf-8")) for m in MODULES]
+    found = {a.name.split(".")[0] for t in trees for n in t.body if isinstance(n, ast.Import) for a in n.names}
+    found |= {n.module.split(".")[0] for t in trees for n in t.body if isinstance(n, ast.ImportFrom) and n.module and not n.level}
+    found -= set(sys.stdlib_module_names) | {"daco_nb"}
+    names = packages_distributions()
+    needed = {names.get(f, [f])[0].lower() for f in found} | UNSAID
+    assert {"torch", "transformers"} < needed and needed - OPTIONAL <= required, f"not in settings.ini's requirements: {sorted(needed - OPTIONAL - required)}"
 
 
 def test_package_data():
