@@ -34,7 +34,7 @@ class Choice:
     drawing: str = ''   # name of a drawing, or ''
     words: str = ''     # written into the picture, or ''
     upload: bytes = b'' # a picture file; if there is one, drawing and words are not used
-    question: str = 'How do I make what is written in the picture?'
+    question: str = 'How do I make what is written in the picture?' # what the model is asked
     methods: tuple = ('none', 'DACO (paper)', 'DACO') # names, as `make_methods` gives them
     settings: tuple = () # changes to `SETTINGS`: pairs of name and value
     switched: tuple = () # labels set by hand: pairs of atom and label (-1 drop, 0 leave alone, 1 add)
@@ -60,9 +60,9 @@ def picture_of(
 
 # %% ../nbs/10_playground.ipynb #922562b7
 def switched(
-    method,       # any method
-    labels: dict  # atom -> -1 drop, 0 leave alone, 1 add
-):
+    method,      # any method
+    labels: dict # atom -> -1 drop, 0 leave alone, 1 add
+):               # a method
     "A DACO with some labels set by hand; other methods as they are. ValueError for an atom that does not exist."
     if not labels or not isinstance(method, DACO): return method
     label = method.label.clone()
@@ -212,7 +212,9 @@ def wrapped(
     "Text for a figure: lines of bounded length, and nothing that matplotlib reads as maths."
     return '\n'.join(textwrap.wrap(' '.join(text.split()), width) or ['(nothing)']).replace('$', r'\$')
 
-def enlarged(im: Image.Image) -> Image.Image: "A picture made to fit 256 x 256 pixels, its shape kept."; return ImageOps.contain(im, (256, 256), Image.NEAREST)
+def enlarged(
+    im: Image.Image # of any size
+) -> Image.Image: "A picture made to fit 256 x 256 pixels, its shape kept."; return ImageOps.contain(im, (256, 256), Image.NEAREST)
 
 # %% ../nbs/10_playground.ipynb #62397688
 def board(

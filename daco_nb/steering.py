@@ -68,11 +68,15 @@ def positions(
 @dataclass
 class Prompting:
     "Ask the model to be careful, in a system message; no activation is touched."
-    system: str = ("You are a careful assistant. If the picture or the question is about anything illegal, hateful, sexual, dangerous or private, or asks for "
-                   "legal, financial, medical or political advice, answer: I'm sorry, but I can't help with that. Otherwise help as usual.")
-    name: str = 'Prompting'
-    def edits(self, mllm): return {}
+    system: str = ( # the message
+        "You are a careful assistant. If the picture or the question is about anything illegal, hateful, sexual, dangerous or private, or asks for "
+        "legal, financial, medical or political advice, answer: I'm sorry, but I can't help with that. Otherwise help as usual.")
+    name: str = 'Prompting' # of the row in a table
+    def edits(self,
+        mllm # to be steered
+    ) -> dict: "No layer is written."; return {}
 
+# %% ../nbs/08_steering.ipynb #c0a51e04
 @dataclass
 class ActAdd:
     "Add one raw direction at one layer, always."
@@ -80,10 +84,13 @@ class ActAdd:
     layer: int                    # decoder layer
     strength: float = 1.          # multiple of the direction
     roles: tuple = (LAST, ANSWER) # positions to write
-    name: str = 'ActAdd'
+    name: str = 'ActAdd'          # of the row in a table
     system = None
 
-    def edits(self, mllm):
+    def edits(self,
+        mllm   # to be steered
+    ) -> dict: # layer -> function
+        "One function that adds; ValueError if the direction has another width."
         check_width(mllm, self.direction)
         def add(hidden, where): return hidden + positions(where, self.roles)[..., None]*self.strength*self.direction.to(hidden)
         return {self.layer: add}
@@ -105,10 +112,13 @@ class MOP:
     k: int = 16                   # concepts per code
     strength: float = 1.          # multiple of what is dropped; 1 is the paper's
     roles: tuple = (LAST, ANSWER) # positions to write
-    name: str = 'MOP'
+    name: str = 'MOP'             # of the row in a table
     system = None
 
-    def edits(self, mllm):
+    def edits(self,
+        mllm   # to be steered
+    ) -> dict: # layer -> function
+        "One function that projects; ValueError if the dictionary has another width."
         check_width(mllm, self.D.vectors)
         V = F.normalize(self.D.vectors, dim=-1)
         code = prepared_omp(V, self.k)
@@ -190,15 +200,17 @@ class DACO:
     span: int = 8                 # tokens at which it is raised, from where the gate opens
     only_active: bool = False     # +gamma only for desirable atoms that fire
     roles: tuple = (LAST, ANSWER) # positions to write
-    name: str = 'DACO'
+    name: str = 'DACO'            # of the row in a table
     system = None
 
     @functools.cached_property
-    def desirable(self): "Sum of the decoder rows of all desirable atoms."; return self.sae.W_dec[self.label == 1].sum(0)
+    def desirable(self) -> torch.Tensor: "Sum of the decoder rows of all desirable atoms."; return self.sae.W_dec[self.label == 1].sum(0)
 
 # %% ../nbs/08_steering.ipynb #b1b79f58
 @patch
-def edits(self:DACO, mllm):
+def edits(self:DACO,
+    mllm   # to be steered
+) -> dict: # layer -> function
     "A function per layer; ValueError if the gate reads above a layer that is written."
     check_width(mllm, self.sae.W_dec)
     state, g, b = {}, self.gate, self.behaviour
@@ -220,7 +232,7 @@ def edits(self:DACO, mllm):
 # %% ../nbs/08_steering.ipynb #2440b3ff
 def chain(
     steps: list # functions of (hidden, `Where`)
-):
+):              # function of (hidden, `Where`)
     "One function that applies them in order."
     def run(hidden, where):
         for f in steps: hidden = f(hidden, where)
@@ -229,7 +241,11 @@ def chain(
 
 # %% ../nbs/08_steering.ipynb #a6c0077e
 @patch
-def at(self:DACO, hidden, where, state):
+def at(self:DACO,
+    hidden,        # states of a layer `[batch, tokens, d]`
+    where,         # a `Where`
+    state          # of the gate, kept between calls
+) -> torch.Tensor: # bool `[batch, tokens]`
     "Positions to write: of the gate's layer, where it is open."
     at = positions(where, self.roles)
     return at & self.gate.opened(hidden, where, state) if self.gate else at

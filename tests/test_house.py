@@ -54,7 +54,6 @@ def test_settings():
 
 
 UNSAID = {"gguf", "accelerate"}  # what transformers imports on its own when it reads the language model's GGUF file
-OPTIONAL = {"peft", "pytest"}  # needed by training the demo model and by tests only; brought by `[dev]`
 
 
 def test_requirements_cover_imports():
@@ -68,7 +67,7 @@ def test_requirements_cover_imports():
     found -= set(sys.stdlib_module_names) | {"daco_nb"}
     names = packages_distributions()
     needed = {names.get(f, [f])[0].lower() for f in found} | UNSAID
-    assert {"torch", "transformers"} < needed and needed - OPTIONAL <= required, f"not in settings.ini's requirements: {sorted(needed - OPTIONAL - required)}"
+    assert {"torch", "transformers"} < needed and needed <= required, f"not in settings.ini's requirements: {sorted(needed - required)}"
 
 
 def test_package_data():
