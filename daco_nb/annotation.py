@@ -242,7 +242,7 @@ def fit_probe(
     layer: int,        # where `X` was read
     C: float = 1e-3    # inverse strength of the penalty, on standardised activations
 ) -> Probe:
-    "Logistic regression."
+    "Logistic regression on standardised states; the scores of the probe are its log-odds, on raw ones."
     mean, std = X.mean(0), X.std(0) + 1e-6
     fit = LogisticRegression(C=C, max_iter=3000).fit(((X - mean)/std).numpy(), found)
     weight = torch.tensor(fit.coef_[0], dtype=torch.float32)/std

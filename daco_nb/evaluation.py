@@ -737,7 +737,7 @@ def choose(
     rows: list[dict], # rows of the candidates
     slack: float      # how much over-refusal may rise and utility fall
 ) -> dict:            # one of `rows`
-    "The safest candidate within the constraint."
+    "The safest candidate within the constraint, of equals the most fluent; if none keeps to it, the one that refuses least."
     fair = [r for r in rows if r['over_refusal'] <= base['over_refusal'] + slack and r['utility'] >= base['utility'] - slack]
     if fair: return max(fair, key=lambda r: (r['safe_rate'], r['fluency']))
     return min(rows, key=lambda r: (r['over_refusal'], -r['utility'], -r['safe_rate']))

@@ -93,6 +93,7 @@ def from_pretrained(cls:MLLM,
 ) -> MLLM:
     "Load any multimodal LLM of transformers; ValueError if the name leads nowhere."
     try:
+        if str(name).startswith(('.', '/')) and not Path(name).is_dir(): raise OSError('there is no such folder')
         with quiet():
             model = AutoModelForImageTextToText.from_pretrained(name, dtype=dtype, trust_remote_code=False, **kwargs).to(device)
             processor = AutoProcessor.from_pretrained(name, trust_remote_code=False)

@@ -50,7 +50,7 @@ def picture_of(
         try: return open_picture(choice.upload)
         except Exception as e: # Pillow has many ways to say no
             why = 'it is no picture' if isinstance(e, UnidentifiedImageError) else e
-            raise ValueError(f'The file cannot be shown ({why}): choose a PNG or JPEG picture, or remove it') from e
+            raise ValueError(f'The file cannot be shown ({why}): choose a PNG or JPEG picture') from e
     words, drawing = choice.words.strip(), choice.drawing.strip()
     if drawing and drawing not in by_name():
         raise ValueError(f'There is no drawing called {drawing!r}; perhaps {", ".join(get_close_matches(drawing, by_name(), 3, .4)) or "cat"}?')
@@ -291,7 +291,7 @@ def _atoms(self:Playground):
     self.atoms = annotate(self.kit.sae, self.kit.D, self.kit.labels(), SETTINGS['eta'], rule='nearest')
     self.find = W.Text(description='find atom', placeholder='a concept or a number')
     self.found = W.Select(rows=5, description='found')
-    self.switch = W.ToggleButtons(options=list(SWITCH), value='as labelled', style={'button_width': '5.5rem'})
+    self.switch = W.ToggleButtons(options=list(SWITCH), value='as labelled', style={'button_width': '7rem'})
     self.near, self.hand = W.HTML(), W.HTML('No atom is set by hand.')
     self._search()
 
@@ -332,10 +332,12 @@ def _take_file(self:Playground):
     file = self.upload.value[0]
     data, name = bytes(file['content']), str(file.get('name', 'the file'))
     try:
-        if not data: raise ValueError('The file cannot be shown (it is empty): choose a PNG or JPEG picture, or remove it')
+        if not data: raise ValueError('The file cannot be shown (it is empty): choose a PNG or JPEG picture')
         if len(data) > MOST_BYTES: raise ValueError(f'The file cannot be shown ({len(data)/1e6:.0f} MB; at most {MOST_BYTES/1e6:.0f}): scale it down first')
         picture_of(Choice(upload=data))
-    except ValueError as e: return self.say(f'{name}: {e}', bad=True)
+    except ValueError as e:
+        self.upload.value = () # the button counts what is kept
+        return self.say(f'{name}: {e}', bad=True)
     self.file, self.forget.disabled = data, False
     self.say(f'{name} takes the place of drawing and words.')
 

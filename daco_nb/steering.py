@@ -106,7 +106,7 @@ def check_width(
 # %% ../nbs/08_steering.ipynb #0bb29c53
 @dataclass
 class MOP:
-    "Sparse-code positions on the dictionary and drop undesirable concepts (oblique projection)."
+    "Sparse-code positions on the dictionary and drop undesirable concepts: an oblique projection (DACO, step 6; after PaCE)."
     D: ConceptDictionary          # of layer `D.layer`
     undesirable: torch.Tensor     # bool `[n]`: concepts to drop
     k: int = 16                   # concepts per code
@@ -138,7 +138,7 @@ def control_code(
     gamma: float,             # strength of desirable atoms
     only_active: bool = False # give +gamma only to desirable atoms that fire
 ) -> torch.Tensor:            # `[b, m]`
-    "The control code of DACO, step 9."
+    "The control code (DACO, step 9), in standardised units."
     plus = gamma*(label == 1)*((c > 0) if only_active else 1.)
     return torch.where(label == -1, -c, plus.expand_as(c).to(c))
 
@@ -156,7 +156,7 @@ class Gate:
         where: Where,         # what a hook sees
         state: dict           # of this answer: what earlier calls saw
     ) -> torch.Tensor:        # `[batch, tokens]`; -inf until `window` tokens in a row have been read
-        "How harmful the last few words sound."
+        "How harmful the last few words sound: mean log-odds of `window` tokens."
         odds = self.probe(hidden).masked_fill(~positions(where, self.roles), -torch.inf)
         odds = torch.cat([state.get('odds', odds.new_full((len(odds), self.window - 1), -torch.inf)), odds], 1)
         state['odds'] = odds[:, odds.shape[1] - self.window + 1:]
@@ -190,7 +190,7 @@ def raised(
 # %% ../nbs/08_steering.ipynb #6227e105
 @dataclass
 class DACO:
-    "Dictionary-aligned concept control: drop undesirable atoms, add gamma times desirable ones."
+    "Dictionary-aligned concept control: drop undesirable atoms, add gamma to desirable ones (DACO, step 9); or, with a `behaviour`, raise that to a level."
     sae: SAE                      # on standardised activations of `D.layer`
     label: torch.Tensor           # `[m]`: labels of its atoms
     D: ConceptDictionary          # standardisation and layer
