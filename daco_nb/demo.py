@@ -12,7 +12,7 @@ __all__ = ['ASSETS', 'WHEELS', 'HARMFUL_GROUPS', 'GLYPH', 'COLOURS', 'PATTERNS',
            'qwen', 'internvl', 'build', 'load_part', 'save_part', 'demo_folder', 'DemoEncoder', 'to_pixels']
 
 # %% ../nbs/00_demo.ipynb #ce690d86
-import csv, functools, hashlib, itertools, json, os, subprocess, sys, tempfile, zipfile
+import csv, functools, hashlib, itertools, json, os, subprocess, sys, tempfile, warnings, zipfile
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -20,7 +20,7 @@ from typing import NamedTuple
 import matplotlib
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, features
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers import (AutoModel, AutoModelForCausalLM, AutoTokenizer, GotOcr2ImageProcessor, InternVLConfig, InternVLForConditionalGeneration,
@@ -249,7 +249,9 @@ def letters(
     font: str, # one of `FONTS`
     size: int  # height in pixels
 ) -> ImageFont.FreeTypeFont:
-    "A font of matplotlib at a size; FileNotFoundError with the remedy if it is missing."
+    "A font of matplotlib at a size; FileNotFoundError with the remedy if it is missing, UserWarning if letters would stand wider than usual."
+    if not features.check('raqm'): warnings.warn('The system lacks libfribidi, so Pillow sets letters wider than in the pictures which the demo models learned from and '
+        'were measured on: install it (Debian: apt-get install libfribidi0, macOS: brew install fribidi), delete the folder demobench-… in the cache, start Python again')
     path = Path(matplotlib.get_data_path())/'fonts'/'ttf'/f'{font}.ttf'
     if not path.exists(): raise FileNotFoundError(f'The font {path} is missing: it comes with matplotlib, so run `pip install --force-reinstall matplotlib`')
     return ImageFont.truetype(str(path), size)
