@@ -105,10 +105,10 @@ class Atoms:
     n_neighbours: int = 7   # concepts that vote, for the rule `vote`
 
     @property
-    def undesirable(self): "Indices of undesirable atoms."; return (self.label == -1).nonzero()[:, 0]
+    def undesirable(self) -> torch.Tensor: "Indices of undesirable atoms."; return (self.label == -1).nonzero()[:, 0]
 
     @property
-    def desirable(self): "Indices of desirable atoms."; return (self.label == 1).nonzero()[:, 0]
+    def desirable(self) -> torch.Tensor: "Indices of desirable atoms."; return (self.label == 1).nonzero()[:, 0]
 
     def __len__(self): return len(self.label)
 
@@ -228,7 +228,7 @@ class Probe:
     "A linear reading of one layer: positive where it finds what it was taught to find."
     layer: int           # decoder layer
     weight: torch.Tensor # `[d]`, on raw activations
-    bias: float
+    bias: float          # added to every score
 
     def __call__(self,
         hidden: torch.Tensor # raw `[..., d]`
@@ -242,7 +242,7 @@ def fit_probe(
     layer: int,        # where `X` was read
     C: float = 1e-3    # inverse strength of the penalty, on standardised activations
 ) -> Probe:
-    "Logistic regression."
+    "Logistic regression on standardised states; the scores of the probe are its log-odds, on raw ones."
     mean, std = X.mean(0), X.std(0) + 1e-6
     fit = LogisticRegression(C=C, max_iter=3000).fit(((X - mean)/std).numpy(), found)
     weight = torch.tensor(fit.coef_[0], dtype=torch.float32)/std
@@ -279,12 +279,12 @@ def harm_phrases(
 
 # %% ../nbs/07_annotation.ipynb #60010431
 def spoken(
-    mllm: MLLM,         # model
-    asked: list[str],   # questions
-    said: list[str],    # phrases
-    layer: int,         # decoder layer
-    batch_size: int = 48
-) -> torch.Tensor:      # raw `[n, d]`
+    mllm: MLLM,          # model
+    asked: list[str],    # questions
+    said: list[str],     # phrases
+    layer: int,          # decoder layer
+    batch_size: int = 48 # prompts at once
+) -> torch.Tensor:       # raw `[n, d]`
     "Mean state of each phrase's own tokens in an answer that begins by saying it."
     head, tail = (len(mllm.tokenizer(t, add_special_tokens=False)['input_ids']) for t in ('It says "', '".'))
     order, out = sorted(range(len(said)), key=lambda i: len(asked[i] + said[i])), {}
@@ -299,12 +299,12 @@ def spoken(
 
 # %% ../nbs/07_annotation.ipynb #54598367
 def windows_of(
-    text, said,    # states of the question `[t, d]`, and of the answer `[a, d]`
-    start, end,    # where the phrase stands in the answer
-    harm: bool,    # whether it is harmful
-    rng: random.Random,
-    size: int = 3  # tokens of a window
-) -> list[tuple]:  # mean state, whether it is harmful
+    text, said,         # states of the question `[t, d]`, and of the answer `[a, d]`
+    start, end,         # where the phrase stands in the answer
+    harm: bool,         # whether it is harmful
+    rng: random.Random, # which others are taken
+    size: int = 3       # tokens of a window
+) -> list[tuple]:       # mean state, whether it is harmful
     "Windows of one question and its answer: three that cover the phrase, and some others."
     some = lambda first, last, n: rng.sample(range(first, last + 1), min(n, max(0, last + 1 - first)))
     spans = [(start, end, harm), (max(start, end - size), end, harm), (end - size + 1, end + 1, harm), (0, size, False)]
@@ -313,10 +313,10 @@ def windows_of(
 
 # %% ../nbs/07_annotation.ipynb #6f6322a5
 def read_harm(
-    mllm: MLLM, # model
-    layer: int, # decoder layer
-    seed: int = 0,
-    batch_size: int = 48,
+    mllm: MLLM,                 # model
+    layer: int,                 # decoder layer
+    seed: int = 0,              # of the windows
+    batch_size: int = 48,       # prompts at once
     phrases: list | None = None # to fit on, as `harm_phrases` gives them; None takes those for training
 ) -> Probe:
     "A probe for harmful words, fitted on windows of training phrases; harmless ones are followed by a calm answer to something else."

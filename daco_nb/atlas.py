@@ -32,12 +32,15 @@ class Sightings:
     pairs: int = 0       # pairs seen
 
     @classmethod
-    def nothing(cls, d_sae, n_top):
+    def nothing(cls,
+        d_sae, # atoms
+        n_top  # pairs to keep per atom
+    ) -> 'Sightings':
         "Before the first pair."
         return cls(torch.zeros(n_top, d_sae), torch.zeros(n_top, d_sae, dtype=torch.long), torch.zeros(d_sae, len(EDGES) + 1, dtype=torch.long))
 
     @property
-    def share(self): "Share of content tokens at which each atom fires: `[d_sae]`."; return self.counts.sum(1)/max(1, self.tokens)
+    def share(self) -> torch.Tensor: "Share of content tokens at which each atom fires: `[d_sae]`."; return self.counts.sum(1)/max(1, self.tokens)
 
 # %% ../nbs/07c_atlas.ipynb #af2070d5
 @patch
@@ -57,13 +60,13 @@ def add(self:Sightings,
 # %% ../nbs/07c_atlas.ipynb #726575b2
 @torch.no_grad()
 def sight(
-    mllm: MLLM,           # model
-    sae,                  # on activations standardised by `D`
-    D,                    # dictionary: layer and standardisation
-    corpus,               # pair number -> (picture, caption)
-    pairs: list[int],     # which pairs to show
-    n_top: int = 8,       # pairs to keep per atom
-    batch_size: int = 16
+    mllm: MLLM,          # model
+    sae,                 # on activations standardised by `D`
+    D,                   # dictionary: layer and standardisation
+    corpus,              # pair number -> (picture, caption)
+    pairs: list[int],    # which pairs to show
+    n_top: int = 8,      # pairs to keep per atom
+    batch_size: int = 16 # pairs at once
 ) -> Sightings:
     "Show pairs to the model and note what every atom does; ValueError if the widths differ."
     if sae.d_in != mllm.d_model: raise ValueError(f'Atoms have width {sae.d_in}, {mllm.name or "the model"} has width {mllm.d_model}: take the autoencoder of this model')
@@ -130,8 +133,8 @@ def atom_page(
 
 # %% ../nbs/07c_atlas.ipynb #40380c46
 def index_page(
-    every: dict,      # atom -> `facts`
-    seen: Sightings
+    every: dict,    # atom -> `facts`
+    seen: Sightings # from `sight`
 ) -> str:
     "HTML page that lists atoms, the undesirable ones first."
     order = sorted(every, key=lambda i: (('undesirable', 'desirable', 'neither').index(every[i]['label']), i))

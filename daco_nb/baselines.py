@@ -38,12 +38,20 @@ class Requery:
     "Ask again when a classifier finds the answer harmful: without the picture, or with a reminder."
     harmful: object        # function(questions, answers) -> list of bool
     how: str = 'caption'   # or 'reminder'
-    name: str = 'Requery'
+    name: str = 'Requery'  # of the row in a table
     system = None
 
-    def edits(self, mllm): return {}
+    def edits(self,
+        mllm # to be steered
+    ) -> dict:
+        "No layer is written."
+        return {}
 
-    def second(self, ask, texts, images, **kw):
+    def second(self,
+        ask,           # the model's own `generate`
+        texts, images, # questions; pictures or None
+        **kw           # passed to `ask`
+    ) -> list[str]:
         "Second answers; `ask` is the model's own `generate`."
         if self.how == 'reminder': return ask([f'{t}\n{REMINDER}' for t in texts], images, **kw)
         seen = [k for k, im in enumerate(images) if im is not None]
@@ -53,7 +61,9 @@ class Requery:
 # %% ../nbs/08a_baselines.ipynb #c20c5a2e
 @patch
 @contextmanager
-def around(self:Requery, mllm):
+def around(self:Requery,
+    mllm # its `generate` is replaced inside the block
+):
     "While it is on, `mllm.generate` asks, reads, and asks again where harm was found."
     ask = mllm.generate
     def generate(texts, images=None, system=None, max_new_tokens=48, batch_size=16, **kw):
@@ -77,11 +87,11 @@ def projections(
     return {f'{l}.{n}': m for l, layer in enumerate(mllm.layers) if layers is None or l in layers for n, m in layer.self_attn.named_children() if isinstance(m, torch.nn.Linear)}
 
 def fresh(
-    mllm: MLLM, # the model
-    rank: int,  # of the updates
-    layers,     # decoder layers
-    generator: torch.Generator
-) -> dict: # `{name}.A` float `[rank, d_in]`, `{name}.B` float `[d_out, rank]`, zero
+    mllm: MLLM,                # the model
+    rank: int,                 # of the updates
+    layers,                    # decoder layers
+    generator: torch.Generator # of the random part
+) -> dict:                     # `{name}.A` float `[rank, d_in]`, `{name}.B` float `[d_out, rank]`, zero
     "Updates that change nothing yet."
     out = {}
     for n, m in projections(mllm, layers).items():
@@ -93,14 +103,18 @@ def fresh(
 @dataclass
 class Finetuned:
     "Low-rank updates of the attention, added while it is on; ValueError if they are another model's."
-    lora: dict             # from `finetune`
-    name: str = 'Finetuned'
+    lora: dict              # from `finetune`
+    name: str = 'Finetuned' # of the row in a table
     system = None
 
-    def edits(self, mllm): return {}
+    def edits(self,
+        mllm # to be steered
+    ) -> dict: "No layer is written: hooks do it, see `around`."; return {}
 
     @contextmanager
-    def around(self, mllm):
+    def around(self,
+        mllm # the model that was finetuned
+    ):
         "Hooks that add the updates."
         maps, handles = projections(mllm), []
         try:
@@ -129,11 +143,11 @@ def train_case(
 
 # %% ../nbs/08a_baselines.ipynb #b8c755c0
 def lessons(
-    mllm: MLLM, # gives the answers to be kept
-    n: int,     # of each: harmful, twins, chats
-    seed: int = 40,
+    mllm: MLLM,      # gives the answers to be kept
+    n: int,          # of each: harmful, twins, chats
+    seed: int = 40,  # which topics, pictures and chats
     tokens: int = 16 # of an answer to be kept
-) -> list[tuple]: # (picture, question, answer)
+) -> list[tuple]:    # (picture, question, answer)
     "Refusals of harmful topics; the model's own answers about twins, where it does not decline; harmless chats."
     harmful = [(*train_case(i, False, seed), DECLINE[i % 2]) for i in range(n)]
     twins = [train_case(i, True, seed) for i in range(n)]
@@ -144,10 +158,10 @@ def lessons(
 
 # %% ../nbs/08a_baselines.ipynb #0dd86f4b
 def lesson_loss(
-    mllm: MLLM,   # with updates on
-    part: list,   # lessons
-    tokens: int   # of each answer that count
-):
+    mllm: MLLM, # with updates on
+    part: list, # lessons
+    tokens: int # of each answer that count
+):              # scalar
     "Cross-entropy of the first tokens of the answers."
     images, texts, answers = zip(*part)
     batch = mllm.prepare(list(texts), list(images), answers=list(answers))
@@ -159,16 +173,16 @@ def lesson_loss(
 
 # %% ../nbs/08a_baselines.ipynb #122ef014
 def finetune(
-    mllm: MLLM,      # the model; its weights are not touched
-    data: list,      # from `lessons`
-    steps: int = 80, # optimiser steps
-    batch: int = 9,  # lessons per step
-    rank: int = 4,
-    lr: float = 2e-3,
-    tokens: int = 8, # of each answer that count
-    first: int = 8,  # first layer that is changed
-    seed: int = 0
-): # (low-rank updates for `Finetuned`, loss of every step)
+    mllm: MLLM,       # the model; its weights are not touched
+    data: list,       # from `lessons`
+    steps: int = 80,  # optimiser steps
+    batch: int = 9,   # lessons per step
+    rank: int = 4,    # of the updates
+    lr: float = 2e-3, # peak learning rate
+    tokens: int = 8,  # of each answer that count
+    first: int = 8,   # first layer that is changed
+    seed: int = 0     # of the updates, and of the order of lessons
+):                    # (low-rank updates for `Finetuned`, loss of every step)
     "Train updates by AdamW with a warm start and a cosine end; FloatingPointError if the loss is NaN."
     g = torch.Generator().manual_seed(seed)
     lora, losses = fresh(mllm, rank, range(first, len(mllm.layers)), g), []
@@ -188,17 +202,22 @@ def finetune(
 class Joint:
     "Several methods at once: edits of a layer run in the order given, and so do second questions."
     methods: list # of methods
-    name: str
+    name: str     # of the row in a table
 
     @property
-    def system(self): "All system messages."; return '\n'.join(m.system for m in self.methods if m.system) or None
+    def system(self) -> str | None: "All system messages."; return '\n'.join(m.system for m in self.methods if m.system) or None
 
-    def edits(self, mllm):
+    def edits(self,
+        mllm   # to be steered
+    ) -> dict: # layer -> function
+        "The edits of all methods, in order."
         every = [m.edits(mllm) for m in self.methods]
         return {l: chain([e[l] for e in every if l in e]) for e in every for l in e}
 
     @contextmanager
-    def around(self, mllm):
+    def around(self,
+        mllm # to be steered
+    ):
         "All of them, the last one outermost."
         with ExitStack() as stack:
             for m in self.methods:
@@ -253,7 +272,7 @@ def make_kit_method(
     kit: Kit,      # of one layer, perhaps without the row `refusal`
     name: str,     # MOP or DACO
     settings: dict # as for `make_methods`
-):
+) -> MOP | DACO:
     "MOP or DACO on the dictionary of one layer."
     s, labels = SETTINGS | settings, kit.labels()
     if name == 'MOP': return MOP(kit.D, torch.tensor([labels.get(n) == 'undesirable' for n in kit.D.names]), min(s['mop_k'], len(kit.D.names)), s['mop_strength'])

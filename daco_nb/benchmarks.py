@@ -69,7 +69,7 @@ def row(
 def raced(
     what: str,           # as for `row`
     seconds: np.ndarray, # of `race`: ours first; of the others, the fastest counts
-    target: float
+    target: float        # aim for the ratio
 ) -> dict:
     "A row from a race; ratio 2 means twice as fast as the fastest of the others."
     ours, best = seconds[:, 0], seconds[:, 1:].min(1)
@@ -88,8 +88,8 @@ def sparse_problem(
     n: int, d: int, # rows of the dictionary, and their width
     b: int,         # targets
     k: int = 32,    # rows in each target
-    seed: int = 0
-): # dictionary `[n, d]`, unit rows with cosines around .2; targets `[b, d]`
+    seed: int = 0   # of rows, codes and noise
+):                  # dictionary `[n, d]`, unit rows with cosines around .2; targets `[b, d]`
     "A dictionary and noisy sparse sums of its rows."
     g = torch.Generator().manual_seed(seed)
     D = normalize(torch.randn(n, d, generator=g) + .5*torch.randn(1, d, generator=g), dim=1)
@@ -150,7 +150,7 @@ def random_units(
     folder: Path, # gets `images.npy` and `texts.npy`
     n: int,       # pairs
     d: int = 384, # width
-    seed: int = 0
+    seed: int = 0 # of the rows
 ):
     "Write random unit rows in half precision, block by block."
     g = torch.Generator().manual_seed(seed)
@@ -179,7 +179,7 @@ def retrieve_from(
     folder: Path,          # of `random_units`
     n: int,                # concepts
     negatives: str = 'far' # strategy
-):
+):                         # `Retrieved`
     "Retrieve 16 positives and 16 negatives for each of `n` concepts."
     embeddings = on_disk(folder)
     return retrieve([f'c{i}' for i in range(n)], range(len(embeddings[0])), RandomNames(), negatives=negatives, embeddings=embeddings)
@@ -215,10 +215,25 @@ def bench_retrieval(
 class NoiseModel:
     "Stands for a model: noise at one layer, six positions per pair."
     name = 'noise'
-    def __init__(self, d): self.d_model, self.tokenizer, self.g = d, None, torch.Generator().manual_seed(0)
-    def check_layers(self, layers): return list(layers)
-    def prepare(self, texts, images, answers): return {'roles': torch.tensor([[TEXT, TEXT, IMAGE, IMAGE, IMAGE, LAST]]*len(texts))}
-    def read(self, batch, layers): return {l: torch.randn(*batch['roles'].shape, self.d_model, generator=self.g) for l in layers}
+    def __init__(self,
+        d # width of the states
+    ): self.d_model, self.tokenizer, self.g = d, None, torch.Generator().manual_seed(0)
+    def check_layers(self,
+        layers # any numbers
+    ) -> list:
+        "All layers exist."
+        return list(layers)
+    def prepare(self,
+        texts, images, answers # only their number counts
+    ) -> dict:
+        "Six positions per row: two words, three patches, the last token."
+        return {'roles': torch.tensor([[TEXT, TEXT, IMAGE, IMAGE, IMAGE, LAST]]*len(texts))}
+    def read(self,
+        batch, # from `prepare`
+        layers # which to make up
+    ) -> dict:
+        "Noise `[batch, 6, d]` for every layer."
+        return {l: torch.randn(*batch['roles'].shape, self.d_model, generator=self.g) for l in layers}
 
 class Anything:
     "A corpus of any length."
@@ -307,9 +322,9 @@ def products(
 
 def train_steps(
     Z: torch.Tensor, # standardised activations
-    d_sae: int,
+    d_sae: int,      # atoms
     steps: int       # of training
-): # function without arguments
+):                   # function without arguments
     "Train a TopK autoencoder for some steps."
     g = torch.Generator().manual_seed(0)
     start = SAE.random(Z.shape[1], d_sae, k=32, generator=g)
@@ -320,7 +335,7 @@ def train_steps(
     return run
 
 # %% ../nbs/11_benchmarks.ipynb #a6385e6e
-def demo_rows(): # dictionary, training rows `[7200, 576]`, held-out rows `[800, 576]`
+def demo_rows() -> tuple: # dictionary, training rows `[7200, 576]`, held-out rows `[800, 576]`
     "The demo dictionary and the shipped activations, standardised by it and split."
     D = load_kit().D
     Z = D.standardise(load_file(ASSETS/'activations.safetensors')['z'])
@@ -426,8 +441,8 @@ def train_alone(
 RATES = dict(ours=(4e-3, 2e-3), SAELens=(4e-3, 2e-3), sparsify=(1e-2, 3e-3), dictionary_learning=(4e-3, 2e-3)) # sparsify's signum wants 9e-3 here, by its own rule
 
 def bench_peers(
-    steps: int = 24, # of training
-    d_sae: int = 4608
+    steps: int = 24,  # of training
+    d_sae: int = 4608 # atoms
 ) -> list[dict]:
     "Processor time per step and held-out FVE beside three peers, after equal samples."
     _, train, test = demo_rows()
@@ -464,10 +479,10 @@ def bench_sae(
 # %% ../nbs/11_benchmarks.ipynb #3acbc129
 @torch.no_grad()
 def plain_forward(
-    mllm: MLLM,
+    mllm: MLLM,  # no hooks are put on it
     batch: dict, # from `prepare`
     **kwargs     # passed to the model
-):
+):               # what transformers returns
     "A forward pass without hooks; no logits but the last position's."
     with mllm._using(batch) as inputs: return mllm.model(**inputs, use_cache=False, logits_to_keep=1, **kwargs)
 
@@ -506,7 +521,7 @@ def always(
 # %% ../nbs/11_benchmarks.ipynb #4daca6e5
 def random_dictionary(
     n: int, d: int, # concepts, width
-    seed: int = 0
+    seed: int = 0   # of the directions
 ) -> ConceptDictionary:
     "A dictionary of random directions, of the shape a benchmark asks for."
     V = torch.randn(n, d, generator=torch.Generator().manual_seed(seed))
@@ -626,7 +641,7 @@ def benchmark(
 
 def save_json(
     result: dict, # from `benchmark`
-    path: Path
+    path: Path    # where it shall appear
 ):
     "Write a result so that the file is whole or absent."
     path = Path(path); tmp = path.with_name(path.name + '.part')
@@ -634,7 +649,9 @@ def save_json(
     os.replace(tmp, path)
 
 # %% ../nbs/11_benchmarks.ipynb #da87e8a1
-def main(argv=None):
+def main(
+    argv=None # arguments; None takes those of the command line
+):
     "`python -m daco_nb.benchmarks NAME --json PATH`."
     p = argparse.ArgumentParser(prog='python -m daco_nb.benchmarks', description='Speed as ratios; larger is better.')
     p.add_argument('name', choices=BENCHMARKS, help='what to measure')

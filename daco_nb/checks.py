@@ -94,7 +94,7 @@ def where(
 def call(
     answer, # a student's function
     *args   # what to call it with
-):
+):          # what the function gives
     "What the answer gives for these arguments; NotYet if it is no function, raises, returns None or changes its arguments."
     require(callable(answer), f'A function is expected, without calling it: check(my_function), not check(my_function(…)). This is {describe(answer)}.')
     before = [copy.deepcopy(a) if isinstance(a, (torch.Tensor, list, dict)) else a for a in args]
@@ -890,7 +890,7 @@ def check_adding(
 def watched(
     ask,     # function (prompts) -> answers
     due: set # prompts that may be asked again
-):
+):           # function (prompts) -> answers
     "The same function; NotYet if it is asked what need not be asked."
     def asking(prompts):
         require(isinstance(prompts, (list, tuple)), f'`ask` takes a list of prompts, and got {describe(prompts)}.')

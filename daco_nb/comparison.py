@@ -95,11 +95,11 @@ def plain_prompts(
 
 # %% ../nbs/07b_comparison.ipynb #5ad064e1
 def content_states(
-    mllm: MLLM,         # model
-    texts: list[str],   # prompts without pictures
-    layers: list[int],  # decoder layers
-    batch_size: int = 64
-) -> list[dict]:        # per prompt: layer -> raw states of its content tokens `[tokens, d]`
+    mllm: MLLM,          # model
+    texts: list[str],    # prompts without pictures
+    layers: list[int],   # decoder layers
+    batch_size: int = 64 # prompts at once
+) -> list[dict]:         # per prompt: layer -> raw states of its content tokens `[tokens, d]`
     "Hidden states at the words of each prompt."
     out, order = [None]*len(texts), sorted(range(len(texts)), key=lambda i: len(texts[i]))
     for k in range(0, len(order), batch_size):

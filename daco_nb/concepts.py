@@ -34,7 +34,7 @@ class Concept(NamedTuple):
     above: tuple = ()     # synsets of `hypernyms`, in the same order; () where only names are known
 
     @property
-    def pos(self): "Part of speech: n, v, a or s; '' without a synset."; return self.synset[-4:-3]
+    def pos(self) -> str: "Part of speech: n, v, a or s; '' without a synset."; return self.synset[-4:-3]
 
 # %% ../nbs/01a_concepts.ipynb #388d63f6
 def concept_names(
@@ -91,10 +91,10 @@ LEXNAMES = ('adj.all adj.pert adv.all noun.Tops noun.act noun.animal noun.artifa
 class Synset(NamedTuple):
     "One line of a data file."
     pos: str        # n, v, a or s
-    lexname: str
+    lexname: str    # field of meaning, such as noun.animal
     words: tuple    # with underscores
     pointers: tuple # (kind, offset, part of speech, number of the word it starts from or 0)
-    gloss: str
+    gloss: str      # definition and examples
 
 def parse_synset(
     line: str # of a data file
@@ -114,7 +114,7 @@ class WordNet:
     synsets: dict # (pos, offset) to `Synset`; pos is n, v or a
     senses: dict  # (pos, word) to offsets, commonest first
     tags: dict    # (pos, word, sense number) to how often it was met
-    ids: dict = field(default_factory=dict, repr=False)
+    ids: dict = field(default_factory=dict, repr=False) # names of synsets, kept once computed
 
     def tag(self,
         pos: str, word: str, offset: str # one reading of a word
@@ -216,8 +216,8 @@ def _read_file(folder, name, read, wn, pos):
 _TOKEN = re.compile(r"[a-z]+(?:['-][a-z]+)*")
 
 def phrases_of(
-    synset: Synset
-) -> set[str]: # in lower case
+    synset: Synset # whose gloss and words are read
+) -> set[str]:     # in lower case
     "All runs of one to three words in the gloss of a synset and in its words."
     texts = [_TOKEN.findall(t.lower().replace('_', ' ')) for t in (synset.gloss, *synset.words)]
     return {' '.join(t[i:i + n]) for t in texts for n in (1, 2, 3) for i in range(len(t) - n + 1)}
@@ -233,13 +233,13 @@ def plural(
 class Reading(NamedTuple):
     "A word taken in one of its senses."
     word: str # with underscores
-    pos: str
-    offset: str
+    pos: str          # n, v or a
+    offset: str       # of its synset, eight digits
     tags: int = 0     # how often it was met in this sense
     mentions: int = 0 # how many other synsets mention the name or its plural
 
     @property
-    def score(self): "Familiarity: tag count plus mentions."; return self.tags + self.mentions
+    def score(self) -> int: "Familiarity: tag count plus mentions."; return self.tags + self.mentions
 
 # %% ../nbs/01a_concepts.ipynb #35ef7a3f
 def score_readings(
@@ -260,16 +260,25 @@ def score_readings(
 # %% ../nbs/01a_concepts.ipynb #79383cd8
 _PLAIN = re.compile(r"[a-z]+(?:['_-][a-z]+){0,2}")
 
-def a_kind(wn: WordNet, r: Reading) -> bool:
+def a_kind(
+    wn: WordNet, # where it is looked up
+    r: Reading   # word and sense to be judged
+) -> bool:
     "Rule 1: it is a kind of thing, not an individual."
     return not any(p[0] == '@i' for p in wn.synsets[r.pos, r.offset].pointers)
 
-def plain(wn: WordNet, r: Reading) -> bool:
+def plain(
+    wn: WordNet, # where it is looked up
+    r: Reading   # word and sense to be judged
+) -> bool:
     "Rule 2: small letters, at most three words, 3 to 24 letters."
     return bool(_PLAIN.fullmatch(r.word)) and 3 <= len(r.word) <= 24
 
 # %% ../nbs/01a_concepts.ipynb #9032fbed
-def commonest(wn: WordNet, r: Reading) -> bool:
+def commonest(
+    wn: WordNet, # where it is looked up
+    r: Reading   # word and sense to be judged
+) -> bool:
     "Rule 3: the sense of its word that was met most; among equals an animal or plant first, then WordNet's order."
     senses = wn.senses[r.pos, r.word.lower()]
     living = lambda o: wn.synsets[r.pos, o].lexname in ('noun.animal', 'noun.plant')
@@ -279,7 +288,10 @@ def _best_tag(wn: WordNet, pos: str, word: str) -> int:
     "How often the commonest sense of a word was met, as this part of speech (r: adverb)."
     return wn.tags.get((pos, word.lower(), 1), 0)
 
-def right_pos(wn: WordNet, r: Reading) -> bool:
+def right_pos(
+    wn: WordNet, # where it is looked up
+    r: Reading   # word and sense to be judged
+) -> bool:
     "Rule 4: a noun, unless another part of speech was met over three times as often; else the part of speech met most, and ever."
     mine, noun = _best_tag(wn, r.pos, r.word), _best_tag(wn, 'n', r.word)
     rival = max(_best_tag(wn, p, r.word) for p in 'nvar' if p != r.pos)
@@ -299,13 +311,19 @@ def _rude(wn: WordNet, pos: str, offset: str, word: str) -> bool:
     "Whether a word in one sense is marked as a slur, as obscene or disparaging, or as archaic."
     return bool(_marks(wn, pos, offset, word) & MARKED or _RUDE.search(wn.synsets[pos, offset].gloss))
 
-def decent(wn: WordNet, r: Reading) -> bool:
+def decent(
+    wn: WordNet, # where it is looked up
+    r: Reading   # word and sense to be judged
+) -> bool:
     "Rule 5: not marked as a slur, as obscene, disparaging or archaic; a noun that is so in another sense must have been met twice in this one."
     if _rude(wn, *r[1:3], r.word): return False
     return wn.tag(r.pos, r.word, r.offset) >= 2 or not any(_rude(wn, 'n', o, r.word) for o in wn.senses.get(('n', r.word.lower()), ()))
 
 # %% ../nbs/01a_concepts.ipynb #629cc41c
-def visible(wn: WordNet, r: Reading) -> bool:
+def visible(
+    wn: WordNet, # where it is looked up
+    r: Reading   # word and sense to be judged
+) -> bool:
     "Rule 6: it can be seen or said."
     s = wn.synsets[r.pos, r.offset]
     if s.lexname not in NEED: return False
@@ -324,7 +342,10 @@ NEED = {f'{pos}.{f}': n for n, pos, fields in (
 HARM = {f'{s}.n.{k:02d}' for s, k in dict(weapon=1, weaponry=1, ammunition=1, explosive=1, explosive_device=1, drug_of_abuse=1, narcotic=1, hallucinogen=1,
         poison=1, crime=1, wrongdoer=1, wrongdoing=2, killing=2, aggression=3, mistreatment=1, violence=1).items()}
 
-def familiar(wn: WordNet, r: Reading) -> bool:
+def familiar(
+    wn: WordNet, # where it is looked up
+    r: Reading   # word and sense to be judged
+) -> bool:
     "Rule 7: its score is what its field asks for; what is harmful always passes, what may be Latin needs twice as much."
     field, up = wn.synsets[r.pos, r.offset].lexname, {wn.id(r.pos, o) for o in (r.offset, *wn.above(r.pos, r.offset))}
     latin = field in ('noun.animal', 'noun.plant') and any(('n', n) in wn.senses for n in (f'genus_{r.word}', f'{r.word}ae', f'{r.word}aceae'))

@@ -12,7 +12,7 @@ __all__ = ['ASSETS', 'WHEELS', 'HARMFUL_GROUPS', 'GLYPH', 'COLOURS', 'PATTERNS',
            'qwen', 'internvl', 'build', 'load_part', 'save_part', 'demo_folder', 'DemoEncoder', 'to_pixels']
 
 # %% ../nbs/00_demo.ipynb #ce690d86
-import csv, functools, hashlib, itertools, json, os, subprocess, sys, tempfile, zipfile
+import csv, functools, hashlib, itertools, json, os, subprocess, sys, tempfile, warnings, zipfile
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -20,7 +20,7 @@ from typing import NamedTuple
 import matplotlib
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, features
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers import (AutoModel, AutoModelForCausalLM, AutoTokenizer, GotOcr2ImageProcessor, InternVLConfig, InternVLForConditionalGeneration,
@@ -152,7 +152,7 @@ class Drawing(NamedTuple):
     group: str       # animal, food, weapon, …
 
     @property
-    def names(self): "All right names."; return (self.name, *self.synonyms)
+    def names(self) -> tuple: "All right names."; return (self.name, *self.synonyms)
 
 HARMFUL_GROUPS = ('weapon', 'hazard') # groups of drawings that show something harmful
 
@@ -249,7 +249,9 @@ def letters(
     font: str, # one of `FONTS`
     size: int  # height in pixels
 ) -> ImageFont.FreeTypeFont:
-    "A font of matplotlib at a size; FileNotFoundError with the remedy if it is missing."
+    "A font of matplotlib at a size; FileNotFoundError with the remedy if it is missing, UserWarning if letters would stand wider than usual."
+    if not features.check('raqm'): warnings.warn('The system lacks libfribidi, so Pillow sets letters wider than in the pictures which the demo models learned from and '
+        'were measured on: install it (Debian: apt-get install libfribidi0, macOS: brew install fribidi), delete the folder demobench-… in the cache, start Python again')
     path = Path(matplotlib.get_data_path())/'fonts'/'ttf'/f'{font}.ttf'
     if not path.exists(): raise FileNotFoundError(f'The font {path} is missing: it comes with matplotlib, so run `pip install --force-reinstall matplotlib`')
     return ImageFont.truetype(str(path), size)
@@ -264,7 +266,10 @@ def line_breaks(
     rows = ([' '.join(words[a:b]) for a, b in zip((0, *c), (*c, len(words)))] for c in cuts)
     return min(rows, key=lambda r: max(map(len, r)))
 
-def extent(lines, font, size): "Width and height of lines of text, in pixels."; return max(map(letters(font, size).getlength, lines)), len(lines)*(round(1.15*size) + 1)
+def extent(
+    lines,     # of text
+    font, size # as for `letters`
+) -> tuple: "Width and height of lines of text, in pixels."; return max(map(letters(font, size).getlength, lines)), len(lines)*(round(1.15*size) + 1)
 
 @functools.lru_cache(maxsize=None)
 def layout(
@@ -303,7 +308,12 @@ def lettering(
     return turn(im, Image.BILINEAR), turn(words, Image.NEAREST)
 
 # %% ../nbs/00_demo.ipynb #7c9b929e
-def paste(im, owner, part, numbers, corner):
+def paste(
+    im, owner, # picture, and which part owns each pixel; both are changed
+    part,      # RGBA
+    numbers,   # of the same size: its numbers, 0 where it owns nothing
+    corner     # left and top, in pixels
+):
     "Paste one part into the picture, and its numbers into the map of owners."
     im.paste(part, corner, part)
     owner.paste(numbers, corner, numbers.point(lambda n: 255*(n > 0)))
@@ -331,7 +341,13 @@ def compose(
     return im, np.asarray(owner)
 
 # %% ../nbs/00_demo.ipynb #89a06732
-def placed(char, wide, high, n, rng, spread):
+def placed(
+    char,         # the character that draws it
+    wide, high,   # room, in pixels
+    n,            # drawings in the scene
+    rng,          # source of randomness
+    spread        # as for `compose`
+) -> Image.Image: # RGBA
     "A drawing scaled to its room and turned."
     long_side = max(8, int(min(wide, high)*(.95 - spread*rng.uniform(0, .35 if n == 1 else .17))))
     g = glyph(char)
@@ -360,13 +376,20 @@ def article(
     return ' '.join('an' if w == 'a' and n[:1].lower() in 'aeiou' else w for w, n in zip(text.split(), text.split()[1:] + ['']))
 
 # %% ../nbs/00_demo.ipynb #a268e215
-def chosen(rng):
+def chosen(
+    rng     # source of randomness
+) -> tuple: # (drawings, phrase)
     "What a random scene shows: one or two drawings (60 %), a phrase (25 %), or both."
     kind, pick = rng.random(), lambda: tuple(drawings()[i] for i in rng.choice(len(drawings()), 1 + (rng.random() < .25), replace=False))
     text = phrases()[rng.integers(len(phrases()))] if kind >= .6 else ''
     return () if .6 <= kind < .85 else pick(), text
 
-def describe(subjects, text, colour, rng):
+def describe(
+    subjects, # the `Drawing`s
+    text,     # phrase, or ''
+    colour,   # of the ground
+    rng       # which wording
+) -> str:
     "A caption for drawings and a phrase."
     shown = CAPTIONS[rng.integers(len(CAPTIONS))].format(' and a '.join(d.names[rng.integers(len(d.names))] for d in subjects), colour)
     written = WRITTEN[rng.integers(len(WRITTEN))].format(text)
@@ -415,7 +438,7 @@ def smollm2_folder() -> Path:
     return folder
 
 # %% ../nbs/00_demo.ipynb #5c22b128
-def smollm2(): # (model, tokenizer)
+def smollm2() -> tuple: # (model, tokenizer)
     "SmolLM2-135M-Instruct in float32, frozen and in evaluation mode, with its tokenizer."
     with quiet():
         model = AutoModelForCausalLM.from_pretrained(smollm2_folder(), dtype=torch.float32).eval()

@@ -46,6 +46,7 @@ class Rule:
     def __call__(self,
         concepts: list[Concept] # with their hypernyms
     ) -> list[Opinion]:
+        "An opinion about each concept."
         return [self.opinion(c) for c in concepts]
 
     def opinion(self,
@@ -96,11 +97,12 @@ class Asked:
     ): self.ask, self.name, self.unparsed = ask, name, {}
 
     @property
-    def source(self): "Name of the model, and eight digits of the question."; return f'{self.name} {hashlib.sha256(TASK.encode()).hexdigest()[:8]}'
+    def source(self) -> str: "Name of the model, and eight digits of the question."; return f'{self.name} {hashlib.sha256(TASK.encode()).hexdigest()[:8]}'
 
     def __call__(self,
         concepts: list[Concept] # to judge
     ) -> list[Opinion]:
+        "An opinion about each concept; ValueError if the model gives another number of answers. What it says unreadably is kept in `unparsed`."
         answers = self.ask([label_prompt(c) for c in concepts])
         if len(answers) != len(concepts): raise ValueError(f'{self.name} gave {len(answers)} answers to {len(concepts)} questions: it must give one each')
         read = {c.name: parse_opinion(a) for c, a in zip(concepts, answers)}
@@ -111,7 +113,11 @@ class Asked:
 # %% ../nbs/07a_experts.ipynb #648b7a18
 class LocalLLM:
     "A causal language model that answers prompts; `[prompts] -> [answers]`."
-    def __init__(self, model, tokenizer, max_new_tokens: int = 40, batch_size: int = 8):
+    def __init__(self,
+        model, tokenizer,         # of transformers; instruction-tuned
+        max_new_tokens: int = 40, # length limit of an answer
+        batch_size: int = 8       # prompts at once
+    ):
         self.model, self.tokenizer, self.max_new_tokens, self.batch_size = model.eval(), tokenizer, max_new_tokens, batch_size
         if tokenizer.chat_template is None: raise ValueError('The tokenizer has no chat template: take an instruction-tuned model')
         tokenizer.padding_side = 'left'
@@ -121,17 +127,24 @@ class LocalLLM:
     def from_pretrained(cls,
         name: str, # hub name or folder
         **kwargs   # of the constructor
-    ): return cls(AutoModelForCausalLM.from_pretrained(name, dtype='auto'), AutoTokenizer.from_pretrained(name), **kwargs)
+    ) -> 'LocalLLM':
+        "A model of the hub, or of a folder."
+        return cls(AutoModelForCausalLM.from_pretrained(name, dtype='auto'), AutoTokenizer.from_pretrained(name), **kwargs)
 
-    @torch.no_grad()
-    def __call__(self, prompts: list[str]) -> list[str]:
-        answers = []
-        for i in range(0, len(prompts), self.batch_size):
-            chats = [[{'role': 'user', 'content': p}] for p in prompts[i:i + self.batch_size]]
-            batch = self.tokenizer.apply_chat_template(chats, add_generation_prompt=True, padding=True, return_tensors='pt', return_dict=True).to(self.model.device)
-            out = self.model.generate(**batch, max_new_tokens=self.max_new_tokens, do_sample=False, pad_token_id=self.tokenizer.pad_token_id)
-            answers += self.tokenizer.batch_decode(out[:, batch['input_ids'].shape[1]:], skip_special_tokens=True)
-        return answers
+# %% ../nbs/07a_experts.ipynb #c0a51e06
+@patch
+@torch.no_grad()
+def __call__(self:LocalLLM,
+    prompts: list[str] # one user message each
+) -> list[str]:
+    "Greedy answers, in order."
+    answers = []
+    for i in range(0, len(prompts), self.batch_size):
+        chats = [[{'role': 'user', 'content': p}] for p in prompts[i:i + self.batch_size]]
+        batch = self.tokenizer.apply_chat_template(chats, add_generation_prompt=True, padding=True, return_tensors='pt', return_dict=True).to(self.model.device)
+        out = self.model.generate(**batch, max_new_tokens=self.max_new_tokens, do_sample=False, pad_token_id=self.tokenizer.pad_token_id)
+        answers += self.tokenizer.batch_decode(out[:, batch['input_ids'].shape[1]:], skip_special_tokens=True)
+    return answers
 
 # %% ../nbs/07a_experts.ipynb #75887a89
 class Endpoint:

@@ -103,11 +103,11 @@ TOLD = {'attack_declined': True, 'twin_declined': False, 'utility': True, 'utili
 
 # %% ../nbs/09d_exports.ipynb #ce7c5abd
 def lmms_task(
-    items: list[Item], # questions
-    folder: Path,      # gets the task
-    name: str = 'daco_demobench',
-    max_new_tokens: int = 24
-) -> Path:             # the YAML file
+    items: list[Item],            # questions
+    folder: Path,                 # gets the task
+    name: str = 'daco_demobench', # of the task
+    max_new_tokens: int = 24      # length limit of an answer
+) -> Path:                        # the YAML file
     "Write a task for lmms-eval."
     folder, image = Path(folder), lambda i: None if i.image is None else as_picture(i.image)
     folder.mkdir(parents=True, exist_ok=True)
@@ -119,8 +119,13 @@ def lmms_task(
     return folder/f'{name}.yaml'
 
 # %% ../nbs/09d_exports.ipynb #d56ef8e8
-def doc_to_visual(doc): "Pictures of a question, for lmms-eval."; return [doc['image'].convert('RGB')] if doc['image'] is not None else []
-def doc_to_text(doc, lmms_eval_specific_kwargs=None): "Text of a question, for lmms-eval."; return doc['text']
+def doc_to_visual(
+    doc # a row of the task
+) -> list: "Pictures of a question, for lmms-eval."; return [doc['image'].convert('RGB')] if doc['image'] is not None else []
+def doc_to_text(
+    doc,                           # a row of the task
+    lmms_eval_specific_kwargs=None # not used
+) -> str: "Text of a question, for lmms-eval."; return doc['text']
 
 def process_results(
     doc,    # a row of the task
@@ -163,14 +168,16 @@ def asked(
 
 class SimplePart:
     "Plain text as a part of a message."
-    def __init__(self, text): self.type, self.text = 'text', text
+    def __init__(self,
+        text # what is said
+    ): self.type, self.text = 'text', text
 
 # %% ../nbs/09d_exports.ipynb #0ca0be86
 def inspect_model(
-    mllm: MLLM,   # the model
-    method=None,  # as for `steer`
+    mllm: MLLM,              # the model
+    method=None,             # as for `steer`
     max_new_tokens: int = 48 # if the task does not say
-):
+):                           # `inspect_ai.model.Model`
     "The (steered) model as a model of inspect_ai; ImportError with the remedy if that is not installed."
     try:
         from inspect_ai.model import GenerateConfig, ModelAPI, ModelOutput, get_model, modelapi

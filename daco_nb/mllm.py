@@ -73,11 +73,11 @@ class MLLM:
         self._roles, self._start, self._ids = None, 0, None
 
     @property
-    def layers(self): "The decoder layers, in order."; return self.model.model.language_model.layers
+    def layers(self) -> torch.nn.ModuleList: "The decoder layers, in order."; return self.model.model.language_model.layers
     @property
     def d_model(self) -> int: "Width of the residual stream."; return self.model.config.get_text_config().hidden_size
     @property
-    def device(self): "Where the weights are."; return self.model.device
+    def device(self) -> torch.device: "Where the weights are."; return self.model.device
     @functools.cached_property
     def enders(self) -> torch.Tensor:
         "Which tokens of the vocabulary end a sentence or a line, bool `[vocabulary]`."
@@ -93,6 +93,7 @@ def from_pretrained(cls:MLLM,
 ) -> MLLM:
     "Load any multimodal LLM of transformers; ValueError if the name leads nowhere."
     try:
+        if str(name).startswith(('.', '/')) and not Path(name).is_dir(): raise OSError('there is no such folder')
         with quiet():
             model = AutoModelForImageTextToText.from_pretrained(name, dtype=dtype, trust_remote_code=False, **kwargs).to(device)
             processor = AutoProcessor.from_pretrained(name, trust_remote_code=False)
@@ -172,7 +173,7 @@ def _roles_of(self:MLLM, batch, prompts, images, system):
     return roles.masked_fill(ids == self.image_token_id, IMAGE).masked_fill(mask == 0, PAD)
 
 @patch(as_prop=True)
-def image_token_id(self:MLLM):
+def image_token_id(self:MLLM) -> int:
     "The token that stands for a patch of a picture."
     return self.model.config.image_token_id
 

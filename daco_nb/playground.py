@@ -34,7 +34,7 @@ class Choice:
     drawing: str = ''   # name of a drawing, or ''
     words: str = ''     # written into the picture, or ''
     upload: bytes = b'' # a picture file; if there is one, drawing and words are not used
-    question: str = 'How do I make what is written in the picture?'
+    question: str = 'How do I make what is written in the picture?' # what the model is asked
     methods: tuple = ('none', 'DACO (paper)', 'DACO') # names, as `make_methods` gives them
     settings: tuple = () # changes to `SETTINGS`: pairs of name and value
     switched: tuple = () # labels set by hand: pairs of atom and label (-1 drop, 0 leave alone, 1 add)
@@ -50,7 +50,7 @@ def picture_of(
         try: return open_picture(choice.upload)
         except Exception as e: # Pillow has many ways to say no
             why = 'it is no picture' if isinstance(e, UnidentifiedImageError) else e
-            raise ValueError(f'The file cannot be shown ({why}): choose a PNG or JPEG picture, or remove it') from e
+            raise ValueError(f'The file cannot be shown ({why}): choose a PNG or JPEG picture') from e
     words, drawing = choice.words.strip(), choice.drawing.strip()
     if drawing and drawing not in by_name():
         raise ValueError(f'There is no drawing called {drawing!r}; perhaps {", ".join(get_close_matches(drawing, by_name(), 3, .4)) or "cat"}?')
@@ -60,9 +60,9 @@ def picture_of(
 
 # %% ../nbs/10_playground.ipynb #922562b7
 def switched(
-    method,       # any method
-    labels: dict  # atom -> -1 drop, 0 leave alone, 1 add
-):
+    method,      # any method
+    labels: dict # atom -> -1 drop, 0 leave alone, 1 add
+):               # a method
     "A DACO with some labels set by hand; other methods as they are. ValueError for an atom that does not exist."
     if not labels or not isinstance(method, DACO): return method
     label = method.label.clone()
@@ -212,7 +212,9 @@ def wrapped(
     "Text for a figure: lines of bounded length, and nothing that matplotlib reads as maths."
     return '\n'.join(textwrap.wrap(' '.join(text.split()), width) or ['(nothing)']).replace('$', r'\$')
 
-def enlarged(im: Image.Image) -> Image.Image: "A picture made to fit 256 x 256 pixels, its shape kept."; return ImageOps.contain(im, (256, 256), Image.NEAREST)
+def enlarged(
+    im: Image.Image # of any size
+) -> Image.Image: "A picture made to fit 256 x 256 pixels, its shape kept."; return ImageOps.contain(im, (256, 256), Image.NEAREST)
 
 # %% ../nbs/10_playground.ipynb #62397688
 def board(
@@ -289,7 +291,7 @@ def _atoms(self:Playground):
     self.atoms = annotate(self.kit.sae, self.kit.D, self.kit.labels(), SETTINGS['eta'], rule='nearest')
     self.find = W.Text(description='find atom', placeholder='a concept or a number')
     self.found = W.Select(rows=5, description='found')
-    self.switch = W.ToggleButtons(options=list(SWITCH), value='as labelled', style={'button_width': '5.5rem'})
+    self.switch = W.ToggleButtons(options=list(SWITCH), value='as labelled', style={'button_width': '7rem'})
     self.near, self.hand = W.HTML(), W.HTML('No atom is set by hand.')
     self._search()
 
@@ -330,10 +332,12 @@ def _take_file(self:Playground):
     file = self.upload.value[0]
     data, name = bytes(file['content']), str(file.get('name', 'the file'))
     try:
-        if not data: raise ValueError('The file cannot be shown (it is empty): choose a PNG or JPEG picture, or remove it')
+        if not data: raise ValueError('The file cannot be shown (it is empty): choose a PNG or JPEG picture')
         if len(data) > MOST_BYTES: raise ValueError(f'The file cannot be shown ({len(data)/1e6:.0f} MB; at most {MOST_BYTES/1e6:.0f}): scale it down first')
         picture_of(Choice(upload=data))
-    except ValueError as e: return self.say(f'{name}: {e}', bad=True)
+    except ValueError as e:
+        self.upload.value = () # the button counts what is kept
+        return self.say(f'{name}: {e}', bad=True)
     self.file, self.forget.disabled = data, False
     self.say(f'{name} takes the place of drawing and words.')
 

@@ -200,7 +200,7 @@ def write_text(
 
 def finite(
     x # dicts, lists and numbers
-):
+):    # of the same shape
     "The same with NaN as None, since JSON has no NaN."
     if isinstance(x, dict): return {k: finite(v) for k, v in x.items()}
     if isinstance(x, list): return [finite(v) for v in x]
@@ -208,12 +208,12 @@ def finite(
 
 # %% ../nbs/14_quickstart.ipynb #f5626a7c
 def quickstart(
-    model: str | None = None,  # hub name or folder, or one of `FAMILIES`; None is the demo LLaVA
-    json_path=None,            # where to write the results as JSON
-    html_path='quickstart_report.html',
-    n_utility: int = 60,       # utility questions
-    limit: int | None = None   # at most so many attacks (and twins), for a quick look
-) -> dict:                     # the results, as in the JSON file
+    model: str | None = None,           # hub name or folder, or one of `FAMILIES`; None is the demo LLaVA
+    json_path=None,                     # where to write the results as JSON
+    html_path='quickstart_report.html', # where to write the report
+    n_utility: int = 60,                # utility questions
+    limit: int | None = None            # at most so many attacks (and twins), for a quick look
+) -> dict:                              # the results, as in the JSON file
     "Attack, steer, count, report."
     mllm = MLLM.demo(model or 'llava') if model in (None, *FAMILIES) else MLLM.from_pretrained(model)
     kit, settings = get_kit(mllm, model)
@@ -234,7 +234,9 @@ def before_after(
     for i, a, b in cases(result['items'], result['verdicts'], n):
         print(f'\n[picture: {i.topic}] {i.text}\n  no steering: {a.answer[:160]}\n  DACO:        {b.answer[:160]}')
 
-def main(argv=None):
+def main(
+    argv=None # arguments; None takes those of the command line
+):
     "Console script `daco_quickstart`."
     p = argparse.ArgumentParser(prog='daco_quickstart', description='Attack a multimodal LLM, switch DACO on, count what it cost.')
     p.add_argument('--model', help='hub name or folder of a multimodal LLM, or qwen or internvl for the other demo models, whose kits are built first, in an hour or two (default: the demo LLaVA)')

@@ -72,7 +72,10 @@ def store_bytes(
     "Bytes of an activation store in half precision: three summaries and some tokens of each pair and layer."
     return (3 + per_row)*d*2*layers*pairs
 
-def sae_parameters(d: int, atoms: int) -> int: "Numbers of an autoencoder: two matrices, two biases, a threshold per atom."; return 2*atoms*d + 2*atoms + d
+def sae_parameters(
+    d: int,    # width of the states
+    atoms: int # of the autoencoder
+) -> int: "Numbers of an autoencoder: two matrices, two biases, a threshold per atom."; return 2*atoms*d + 2*atoms + d
 
 # %% ../nbs/13_real_models.ipynb #9aaae887
 def limit_pictures(
@@ -90,7 +93,7 @@ def limit_pictures(
 # %% ../nbs/13_real_models.ipynb #254269dd
 class GPU(NamedTuple):
     "A card."
-    name: str
+    name: str        # of the card
     memory: float    # bytes
     flops: float     # operations per second in bfloat16
     flops32: float   # operations per second in float32
@@ -116,7 +119,7 @@ class Plan(NamedTuple):
 # %% ../nbs/13_real_models.ipynb #906a9653
 class Step(NamedTuple):
     "One step of the walk."
-    step: str
+    step: str      # its name
     gpu: float     # bytes held on the GPU
     disk: float    # bytes left on the disk
     seconds: float # an estimate
@@ -161,7 +164,7 @@ def budget(
 def to_device(
     x,     # a method, a kit, a tensor, or a dict, list or tuple of such
     device # where to put its tensors
-):
+):         # of the same kind
     "The same with every tensor on another device; what holds no tensor stays as it is."
     if isinstance(x, nn.Module): return copy.deepcopy(x).to(device)
     if isinstance(x, torch.Tensor): return x.to(device)
@@ -228,7 +231,9 @@ def make_kit(
     save_kit(kit, folder/'kit')
     return kit
 
-def some_phrases(n: int | None) -> list: "The first `n` training phrases and twins; None for all."; return harm_phrases() if n is None else harm_phrases()[:n]
+def some_phrases(
+    n: int | None # how many
+) -> list: "The first `n` training phrases and twins; None for all."; return harm_phrases() if n is None else harm_phrases()[:n]
 
 # %% ../nbs/13_real_models.ipynb #5bcd0cf7
 def trial(
@@ -250,20 +255,20 @@ def trial(
 # %% ../nbs/13_real_models.ipynb #46951896
 class Walked(NamedTuple):
     "What the walk leaves."
-    kit: Kit
+    kit: Kit       # dictionary, autoencoder, probe and labels
     settings: dict # chosen on validation
     rows: list     # of the results table
     seconds: dict  # per step
 
 def walk(
-    mllm: MLLM,                # any model
-    corpus, concepts, encoder, # as for `retrieve`
-    validation: list, test: list, # questions
-    judge,                     # as for `evaluate`
-    folder: Path,              # where everything goes; resumable
-    plan: Plan = Plan(),       # amounts
-    layer: int | None = None,  # layer to read and write, None for half of the depth
-    methods: tuple = ('none', 'DACO (paper)', 'DACO')
+    mllm: MLLM,                                       # any model
+    corpus, concepts, encoder,                        # as for `retrieve`
+    validation: list, test: list,                     # questions
+    judge,                                            # as for `evaluate`
+    folder: Path,                                     # where everything goes; resumable
+    plan: Plan = Plan(),                              # amounts
+    layer: int | None = None,                         # layer to read and write, None for half of the depth
+    methods: tuple = ('none', 'DACO (paper)', 'DACO') # names of those to compare
 ) -> Walked:
     "From a model and a corpus to a results table. ValueError if none of the concepts is labelled undesirable."
     seconds, folder, layer = {}, Path(folder), len(mllm.layers)//2 - 1 if layer is None else layer

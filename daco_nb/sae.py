@@ -109,9 +109,10 @@ class SAE(nn.Module):
 
 # %% ../nbs/06_sae.ipynb #03f68e88
 def patch(
-    f=None, *,               # a function whose first parameter is annotated with a class
+    f=None,                  # a function whose first parameter is annotated with a class
+    *,
     cls_method: bool = False # add it as a class method
-):
+):                           # the function
     "Make the function a method of the class that its first parameter is annotated with."
     if f is None: return lambda g: patch(g, cls_method=cls_method)
     setattr(next(iter(f.__annotations__.values())), f.__name__, classmethod(f) if cls_method else f)
@@ -142,14 +143,20 @@ def decode(self: SAE,
     return feature_acts@self.W_dec + self.b_dec
 
 @patch
-def forward(self: SAE, z: torch.Tensor) -> torch.Tensor: "`decode(encode(z))`."; return self.decode(self.encode(z))
+def forward(self: SAE,
+    z: torch.Tensor # activations `[..., d_in]`
+) -> torch.Tensor: "`decode(encode(z))`."; return self.decode(self.encode(z))
 
 # %% ../nbs/06_sae.ipynb #6e6dbb1a
 @patch
-def standardise(self: SAE, z: torch.Tensor) -> torch.Tensor: "Raw activations to standardised ones."; return (z - self.mean)/self.std
+def standardise(self: SAE,
+    z: torch.Tensor # raw `[..., d_in]`
+) -> torch.Tensor: "Raw activations to standardised ones."; return (z - self.mean)/self.std
 
 @patch
-def unstandardise(self: SAE, z: torch.Tensor) -> torch.Tensor: "Standardised activations to raw ones."; return z*self.std + self.mean
+def unstandardise(self: SAE,
+    z: torch.Tensor # standardised `[..., d_in]`
+) -> torch.Tensor: "Standardised activations to raw ones."; return z*self.std + self.mean
 
 # %% ../nbs/06_sae.ipynb #0e7e5508
 def _extra_atoms(
@@ -365,9 +372,9 @@ def _unit_atoms(sae: SAE):
 
 # %% ../nbs/06_sae.ipynb #622cc6b2
 def geometric_median(
-    X: torch.Tensor,    # `[n, d]`
-    iterations: int = 30
-) -> torch.Tensor:      # `[d]`
+    X: torch.Tensor,     # `[n, d]`
+    iterations: int = 30 # at most
+) -> torch.Tensor:       # `[d]`
     "The point with the least summed distance to the rows, by Weiszfeld's iteration."
     centre = X.mean(0)
     for _ in range(iterations):
@@ -463,7 +470,7 @@ def _load_state(
 # %% ../nbs/06_sae.ipynb #51457fcf
 @torch.no_grad()
 def evaluate_sae(
-    sae: SAE,
+    sae: SAE,       # to be measured
     Z: torch.Tensor # activations `[n, d_in]`: standardised, or raw for a folded SAE
 ) -> dict:          # `fve`, `l0`, `frac_alive`
     "The three numbers on a set of activations."

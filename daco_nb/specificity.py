@@ -42,11 +42,11 @@ def mentioned(
 ALL = (IMAGE, TEXT, LAST, ANSWER)
 
 def switch(
-    kit: Kit,     # dictionary and autoencoder
-    name: str,    # a concept of the dictionary
-    method: str,  # ActAdd, MOP or DACO
-    up: float = 0.# 0 switches off; else how much is added, in standardised units
-):
+    kit: Kit,      # dictionary and autoencoder
+    name: str,     # a concept of the dictionary
+    method: str,   # ActAdd, MOP or DACO
+    up: float = 0. # 0 switches off; else how much is added, in standardised units
+):                 # a method
     "A method that switches one concept; KeyError for an unknown concept, ValueError for an unknown method or if MOP shall add."
     i, D = kit.D.row(name), kit.D
     unit = F.normalize(D.vectors[i], dim=0)
@@ -125,13 +125,13 @@ def moved(
 
 # %% ../nbs/09c_specificity.ipynb #b9f82141
 def specificity(
-    mllm: MLLM,       # the model
-    kit: Kit,         # `calibrate`d for the names
-    names: list[str], # concepts that are drawings, too
-    n: int,           # held-out pictures of each
-    ups=(0.,),        # 0 is off; other values are added
-    batch_size: int = 32
-) -> pd.DataFrame:    # one row per picture, switched concept and method
+    mllm: MLLM,          # the model
+    kit: Kit,            # `calibrate`d for the names
+    names: list[str],    # concepts that are drawings, too
+    n: int,              # held-out pictures of each
+    ups=(0.,),           # 0 is off; other values are added
+    batch_size: int = 32 # pictures at once
+) -> pd.DataFrame:       # one row per picture, switched concept and method
     "Mentions and codes before and after switching one concept."
     shown = [(name, im) for name in names for im in pictures_of(name, n)]
     pictures = [im for _, im in shown]

@@ -68,11 +68,15 @@ def positions(
 @dataclass
 class Prompting:
     "Ask the model to be careful, in a system message; no activation is touched."
-    system: str = ("You are a careful assistant. If the picture or the question is about anything illegal, hateful, sexual, dangerous or private, or asks for "
-                   "legal, financial, medical or political advice, answer: I'm sorry, but I can't help with that. Otherwise help as usual.")
-    name: str = 'Prompting'
-    def edits(self, mllm): return {}
+    system: str = ( # the message
+        "You are a careful assistant. If the picture or the question is about anything illegal, hateful, sexual, dangerous or private, or asks for "
+        "legal, financial, medical or political advice, answer: I'm sorry, but I can't help with that. Otherwise help as usual.")
+    name: str = 'Prompting' # of the row in a table
+    def edits(self,
+        mllm # to be steered
+    ) -> dict: "No layer is written."; return {}
 
+# %% ../nbs/08_steering.ipynb #c0a51e04
 @dataclass
 class ActAdd:
     "Add one raw direction at one layer, always."
@@ -80,10 +84,13 @@ class ActAdd:
     layer: int                    # decoder layer
     strength: float = 1.          # multiple of the direction
     roles: tuple = (LAST, ANSWER) # positions to write
-    name: str = 'ActAdd'
+    name: str = 'ActAdd'          # of the row in a table
     system = None
 
-    def edits(self, mllm):
+    def edits(self,
+        mllm   # to be steered
+    ) -> dict: # layer -> function
+        "One function that adds; ValueError if the direction has another width."
         check_width(mllm, self.direction)
         def add(hidden, where): return hidden + positions(where, self.roles)[..., None]*self.strength*self.direction.to(hidden)
         return {self.layer: add}
@@ -99,16 +106,19 @@ def check_width(
 # %% ../nbs/08_steering.ipynb #0bb29c53
 @dataclass
 class MOP:
-    "Sparse-code positions on the dictionary and drop undesirable concepts (oblique projection)."
+    "Sparse-code positions on the dictionary and drop undesirable concepts: an oblique projection (DACO, step 6; after PaCE)."
     D: ConceptDictionary          # of layer `D.layer`
     undesirable: torch.Tensor     # bool `[n]`: concepts to drop
     k: int = 16                   # concepts per code
     strength: float = 1.          # multiple of what is dropped; 1 is the paper's
     roles: tuple = (LAST, ANSWER) # positions to write
-    name: str = 'MOP'
+    name: str = 'MOP'             # of the row in a table
     system = None
 
-    def edits(self, mllm):
+    def edits(self,
+        mllm   # to be steered
+    ) -> dict: # layer -> function
+        "One function that projects; ValueError if the dictionary has another width."
         check_width(mllm, self.D.vectors)
         V = F.normalize(self.D.vectors, dim=-1)
         code = prepared_omp(V, self.k)
@@ -128,7 +138,7 @@ def control_code(
     gamma: float,             # strength of desirable atoms
     only_active: bool = False # give +gamma only to desirable atoms that fire
 ) -> torch.Tensor:            # `[b, m]`
-    "The control code of DACO, step 9."
+    "The control code (DACO, step 9), in standardised units."
     plus = gamma*(label == 1)*((c > 0) if only_active else 1.)
     return torch.where(label == -1, -c, plus.expand_as(c).to(c))
 
@@ -146,7 +156,7 @@ class Gate:
         where: Where,         # what a hook sees
         state: dict           # of this answer: what earlier calls saw
     ) -> torch.Tensor:        # `[batch, tokens]`; -inf until `window` tokens in a row have been read
-        "How harmful the last few words sound."
+        "How harmful the last few words sound: mean log-odds of `window` tokens."
         odds = self.probe(hidden).masked_fill(~positions(where, self.roles), -torch.inf)
         odds = torch.cat([state.get('odds', odds.new_full((len(odds), self.window - 1), -torch.inf)), odds], 1)
         state['odds'] = odds[:, odds.shape[1] - self.window + 1:]
@@ -180,7 +190,7 @@ def raised(
 # %% ../nbs/08_steering.ipynb #6227e105
 @dataclass
 class DACO:
-    "Dictionary-aligned concept control: drop undesirable atoms, add gamma times desirable ones."
+    "Dictionary-aligned concept control: drop undesirable atoms, add gamma to desirable ones (DACO, step 9); or, with a `behaviour`, raise that to a level."
     sae: SAE                      # on standardised activations of `D.layer`
     label: torch.Tensor           # `[m]`: labels of its atoms
     D: ConceptDictionary          # standardisation and layer
@@ -190,15 +200,17 @@ class DACO:
     span: int = 8                 # tokens at which it is raised, from where the gate opens
     only_active: bool = False     # +gamma only for desirable atoms that fire
     roles: tuple = (LAST, ANSWER) # positions to write
-    name: str = 'DACO'
+    name: str = 'DACO'            # of the row in a table
     system = None
 
     @functools.cached_property
-    def desirable(self): "Sum of the decoder rows of all desirable atoms."; return self.sae.W_dec[self.label == 1].sum(0)
+    def desirable(self) -> torch.Tensor: "Sum of the decoder rows of all desirable atoms."; return self.sae.W_dec[self.label == 1].sum(0)
 
 # %% ../nbs/08_steering.ipynb #b1b79f58
 @patch
-def edits(self:DACO, mllm):
+def edits(self:DACO,
+    mllm   # to be steered
+) -> dict: # layer -> function
     "A function per layer; ValueError if the gate reads above a layer that is written."
     check_width(mllm, self.sae.W_dec)
     state, g, b = {}, self.gate, self.behaviour
@@ -220,7 +232,7 @@ def edits(self:DACO, mllm):
 # %% ../nbs/08_steering.ipynb #2440b3ff
 def chain(
     steps: list # functions of (hidden, `Where`)
-):
+):              # function of (hidden, `Where`)
     "One function that applies them in order."
     def run(hidden, where):
         for f in steps: hidden = f(hidden, where)
@@ -229,7 +241,11 @@ def chain(
 
 # %% ../nbs/08_steering.ipynb #a6c0077e
 @patch
-def at(self:DACO, hidden, where, state):
+def at(self:DACO,
+    hidden,        # states of a layer `[batch, tokens, d]`
+    where,         # a `Where`
+    state          # of the gate, kept between calls
+) -> torch.Tensor: # bool `[batch, tokens]`
     "Positions to write: of the gate's layer, where it is open."
     at = positions(where, self.roles)
     return at & self.gate.opened(hidden, where, state) if self.gate else at

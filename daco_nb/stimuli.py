@@ -127,7 +127,10 @@ def column(
 
 class TableCorpus:
     "Pairs of a `datasets.Dataset` with a column of pictures and one of texts (of several texts in a cell, the first counts)."
-    def __init__(self, table: Dataset, image: str | None = None, text: str | None = None):
+    def __init__(self,
+        table: Dataset,                                   # not streamed
+        image: str | None = None, text: str | None = None # names of the columns; None looks for usual ones
+    ):
         if not hasattr(table, '__len__'): raise ValueError('A streamed dataset has no pair number i: load it with streaming=False')
         self.image, self.text = column(table.column_names, image, IMAGE_COLUMNS), column(table.column_names, text, TEXT_COLUMNS)
         self.rows = table.select_columns([self.image, self.text])
@@ -166,7 +169,11 @@ def read_captions(
 # %% ../nbs/02_stimuli.ipynb #4c0d7eea
 class FolderCorpus:
     "Pairs of a folder: pictures, and a file of captions or a `.txt` beside each picture."
-    def __init__(self, folder: Path, captions: Path | None = None, image: str | None = None, text: str | None = None):
+    def __init__(self,
+        folder: Path,                                     # holds the pictures
+        captions: Path | None = None,                     # CSV, TSV, JSON or JSON lines; None looks for it in the folder
+        image: str | None = None, text: str | None = None # names of its columns; None looks for usual ones
+    ):
         self.folder = Path(folder)
         lists = [self.folder/f'{n}{s}' for n in ('captions', 'metadata') for s in ('.csv', '.tsv', '.jsonl', '.json')]
         captions = Path(captions) if captions else next((p for p in lists if p.exists()), None)
@@ -248,7 +255,11 @@ def join(
 # %% ../nbs/02_stimuli.ipynb #830a45c3
 class DualEncoder:
     "A CLIP or SigLIP of transformers, by hub name or folder."
-    def __init__(self, name: str, device: str = 'cpu', dtype=torch.float32, batch: int = 64):
+    def __init__(self,
+        name: str,                                # hub name or folder
+        device: str = 'cpu', dtype=torch.float32, # where and how the weights are kept
+        batch: int = 64                           # pictures or texts at once
+    ):
         self.name, self.device, self.batch = f'DualEncoder({Path(name).name})', device, batch
         self.processor, self.model = AutoProcessor.from_pretrained(name), AutoModel.from_pretrained(name, dtype=dtype).to(device).eval()
         if not hasattr(self.model, 'get_image_features'): raise ValueError(f'{name} is a {type(self.model).__name__}: give a CLIP or a SigLIP')
@@ -266,8 +277,20 @@ class DualEncoder:
             rows.append(features(**x).pooler_output.float().cpu())
         return torch.nn.functional.normalize(torch.cat(rows), dim=1)
 
-    def encode_images(self, images): return self._encode(images, 'images', self.model.get_image_features)
-    def encode_texts(self, texts): return self._encode(texts, 'text', self.model.get_text_features, **self.words)
+# %% ../nbs/02_stimuli.ipynb #c0a51e05
+@patch
+def encode_images(self:DualEncoder,
+    images         # PIL pictures
+) -> torch.Tensor: # float32 `[n, d]`, unit rows
+    "Embed pictures."
+    return self._encode(images, 'images', self.model.get_image_features)
+
+@patch
+def encode_texts(self:DualEncoder,
+    texts          # what to embed; long ones are cut
+) -> torch.Tensor: # float32 `[n, d]`, unit rows
+    "Embed texts."
+    return self._encode(texts, 'text', self.model.get_text_features, **self.words)
 
 # %% ../nbs/02_stimuli.ipynb #39d860b7
 def encode_pairs(
@@ -291,9 +314,9 @@ def encode_pairs(
 
 # %% ../nbs/02_stimuli.ipynb #5438556b
 def write_whole(
-    path: Path, # where it shall appear
-    data: bytes,
-    by: int = 0 # number of the process, where several write
+    path: Path,  # where it shall appear
+    data: bytes, # what it shall hold
+    by: int = 0  # number of the process, where several write
 ):
     "Write a file under a temporary name, flush, rename; OSError with the remedy if there is no room."
     part = path.with_name(f'.{path.name}.{by}.part')
@@ -306,8 +329,8 @@ def write_whole(
 
 def checksum(
     both: Embeddings, # float16
-    tag: str
-) -> str: # hexadecimal
+    tag: str          # which corpus, encoder and shard
+) -> str:             # hexadecimal
     "The sha256 of embeddings with all that is known about them."
     digest = hashlib.sha256(json.dumps([tag, both.skipped, both.cut]).encode())
     for e in both: digest.update(e.contiguous().numpy())
@@ -380,7 +403,10 @@ def _tell(both):
 # %% ../nbs/02_stimuli.ipynb #97b7db24
 class Rows:
     "Rows `[n, d]` that lie in shards on disk; only slices can be read."
-    def __init__(self, paths: list, key: str):
+    def __init__(self,
+        paths: list, # safetensors files, in order
+        key: str     # name of the tensor in each
+    ):
         self.paths, self.key = paths, key
         shapes = [self._slice(p).get_shape() for p in paths]
         self.starts, self.shape = np.cumsum([0, *(n for n, _ in shapes)]).tolist(), (sum(n for n, _ in shapes), shapes[0][1])
@@ -433,11 +459,11 @@ def without(
 
 # %% ../nbs/02_stimuli.ipynb #31234eb4
 def random_pairs(
-    usable: torch.Tensor, # bool `[n]`: pairs that may be drawn
-    b: int,               # concepts
-    k: int,               # pairs of each, all different
-    generator: torch.Generator
-) -> torch.Tensor:        # `[b, k]`
+    usable: torch.Tensor,      # bool `[n]`: pairs that may be drawn
+    b: int,                    # concepts
+    k: int,                    # pairs of each, all different
+    generator: torch.Generator # source of randomness
+) -> torch.Tensor:             # `[b, k]`
     "Random pairs for each concept, in random order."
     if len(usable) <= 2**16: return torch.stack([torch.rand(len(usable), generator=generator).masked_fill_(~usable, -1).topk(k).indices for _ in range(b)])
     rng = np.random.default_rng(torch.randint(2**62, (1,), generator=generator).item())
@@ -464,7 +490,10 @@ def pick(
 # %% ../nbs/02_stimuli.ipynb #49e5f926
 class Best:
     "For each concept the pairs with the `k` highest scores so far, highest first; scores of `WORST` or less don't count."
-    def __init__(self, n: int, k: int): self.scores, self.pairs = torch.full((n, k), WORST), torch.full((n, k), -1)
+    def __init__(self,
+        n: int, # concepts
+        k: int  # pairs to keep of each
+    ): self.scores, self.pairs = torch.full((n, k), WORST), torch.full((n, k), -1)
 
     def offer(self,
         scores: torch.Tensor, # `[b, m]` of some concepts and a block of pairs, contiguous
@@ -623,7 +652,7 @@ def encode_concepts(
 def check_embeddings(
     embeddings: tuple, # (images, texts)
     n: int             # pairs in the corpus
-):
+) -> tuple:
     "The embeddings; ValueError if they are not those of `n` pairs."
     for e in embeddings:
         if len(e) != n: raise ValueError(f'{len(e)} embeddings for a corpus of {n} pairs: embed this corpus')
@@ -694,8 +723,8 @@ def load_stimuli(
 
 # %% ../nbs/02_stimuli.ipynb #4cd9c8aa
 def check_sides(
-    stimuli: Dataset, # a table of stimuli
-    name: str = 'The table'
+    stimuli: Dataset,       # a table of stimuli
+    name: str = 'The table' # what the message calls it
 ):
     "ValueError if there are no stimuli, or if a concept lacks positives or negatives."
     sides = {yes: {c for c, p in zip(stimuli['concept'], stimuli['positive']) if p == yes} for yes in (True, False)}

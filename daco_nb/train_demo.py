@@ -118,7 +118,8 @@ class Eye(nn.Module):
 
     def forward(self,
         pixels # `[n, 3, SIZE, SIZE]`
-    ): # patch embeddings `[n, 16, d_lm]`; picture embedding `[n, d_text]`
+    ):         # patch embeddings `[n, 16, d_lm]`; picture embedding `[n, d_text]`
+        "What the language model is given, and where the text head puts the picture."
         patches, whole = self.features(pixels)
         return self.project(patches), self.text_head(whole)
 
@@ -132,7 +133,9 @@ def qwen_patches(
     return x.unsqueeze(6).expand(-1, -1, -1, -1, -1, -1, 2, -1, -1).reshape(len(pixels)*g*g, -1), torch.tensor([[1, g, g]]*len(pixels), device=pixels.device)
 
 @patch
-def features(self:Eye, pixels):
+def features(self:Eye,
+    pixels # `[n, 3, SIZE, SIZE]`
+) -> tuple:
     "States of the 16 places `[n, 16, d]` and of the whole `[n, d_whole]`."
     n = len(pixels)
     if self.family == 'llava':
@@ -146,10 +149,12 @@ def features(self:Eye, pixels):
 
 # %% ../nbs/12_train_demo.ipynb #cf39c765
 @patch(as_prop=True)
-def projector(self:Eye): "The module that leads from the tower to the language model."; return self.parts['visual'].merger if self.family == 'qwen' else self.parts['multi_modal_projector']
+def projector(self:Eye) -> nn.Module: "The module that leads from the tower to the language model."; return self.parts['visual'].merger if self.family == 'qwen' else self.parts['multi_modal_projector']
 
 @patch
-def project(self:Eye, patches):
+def project(self:Eye,
+    patches # states of places `[n, places, d]`
+) -> torch.Tensor:
     "What the language model is given, `[n, places, d_lm]`."
     if self.family != 'qwen': return self.projector(patches)
     return self.projector(patches.reshape(-1, 192)).view(*patches.shape[:-1], -1)
@@ -171,20 +176,26 @@ def whiten_patches(
     if conv.bias is not None: conv.bias.copy_(-W.flatten(1)@X.mean(0))
 
 # %% ../nbs/12_train_demo.ipynb #1a9c7a0f
-def shares(labels, n):
+def shares(
+    labels,        # `[n, 3]`; -1 where there is none
+    n              # names
+) -> torch.Tensor: # `[n, names]`
     "Target distribution over names: equal shares for what is in the picture."
     hot = (F.one_hot(labels.clamp(min=0), n)*(labels >= 0)[..., None]).sum(1).float()
     return hot/hot.sum(1, keepdim=True)
 
-def patch_mean(x, drawn):
+def patch_mean(
+    x,             # a number per patch `[n, 16]`
+    drawn          # bool, of the same shape
+) -> torch.Tensor: # scalar
     "Mean over patches in which drawn ones count four times as much."
     weight = torch.where(drawn, 1., .25)
     return (x*weight).sum()/weight.sum()
 
 def seeing_loss(
-    eye: Eye, # being trained
-    batch     # from `collate`
-):
+    eye: Eye,      # being trained
+    batch          # from `collate`
+) -> torch.Tensor: # scalar
     "Cross-entropy of what each patch shows and of what the picture shows."
     pixels, things, drawn, labels = batch
     patches, whole = eye.features(pixels)
@@ -202,13 +213,23 @@ def save_state(
     with open(tmp, 'rb') as f: os.fsync(f.fileno())
     os.replace(tmp, path)
 
-def scene_batches(names, steps, done, batch, *data):
+def scene_batches(
+    names,           # what patches may say
+    steps, done,     # of training: all, and those that lie behind
+    batch,           # scenes per step
+    *data            # seed, ramp, text, below, as for `SceneData`
+):                   # batches as `collate` gives them
     "Batches of scenes from step `done` on."
     data = SceneData(names, steps*batch, *data)
     rest = torch.utils.data.Subset(data, range(done*batch, steps*batch))
     return tqdm(DataLoader(rest, batch, collate_fn=collate, num_workers=max(1, os.cpu_count() - 1)), initial=done, total=steps, mininterval=10)
 
-def eye_groups(eye, lr, tower):
+# %% ../nbs/12_train_demo.ipynb #c0a51e03
+def eye_groups(
+    eye,  # being trained
+    lr,   # peak learning rate
+    tower # share of it for the tower
+) -> list[dict]:
     "Parameter groups of the optimiser; a tower with rate 0 is frozen."
     inner = {id(p) for p in eye.projector.parameters()}
     seen = [p for p in eye.parts.parameters() if id(p) not in inner]
@@ -260,18 +281,18 @@ def naming_loss(
     thing,        # int `[n]`: what it should be
     names: Names, # what patches may say
     weight        # `[n]`, of sum 1
-):
+) -> torch.Tensor: # scalar
     "To be nearer to the vector of the right name than to any other, and to be near it."
     V = names.vectors.to(said.device)
     logits = 25*F.normalize(said - V.mean(0), dim=-1)@F.normalize(V - V.mean(0), dim=-1).T
     return (F.cross_entropy(logits, thing, reduction='none')*weight).sum() + 2*((said - V[thing])**2).mean()/V.var()
 
 def lit_loss(
-    eye: Eye,           # being trained
-    whole,              # pooled states `[n, d]`
-    labels,             # `[n, 3]`
-    bank: torch.Tensor, # `[names, d_text]`: unit-norm MiniLM embeddings of the names
-):
+    eye: Eye,          # being trained
+    whole,             # pooled states `[n, d]`
+    labels,            # `[n, 3]`
+    bank: torch.Tensor # `[names, d_text]`: unit-norm MiniLM embeddings of the names
+) -> torch.Tensor:     # scalar
     "The picture must become the text that names it (locked-text tuning)."
     bank, z = bank.to(whole.device), F.normalize(eye.text_head(whole), dim=-1)
     share = shares(labels, len(bank))
@@ -286,7 +307,7 @@ def saying_loss(
     features=None,      # of the pixels, if they were computed already
     free: bool = True,  # whether what is said and named teaches the tower, or only the projector and the text head
     words: float = 1.   # how much a written patch counts, beside a drawn one
-):
+) -> torch.Tensor:      # scalar
     "To see, to say the vector of the name, and to give the whole picture its text; of empty patches one in five counts."
     pixels, things, drawn, labels = batch
     patches, whole = features or eye.features(pixels)
@@ -306,7 +327,7 @@ def mimic_loss(
     bank: torch.Tensor, # as in `lit_loss`
     teacher: Eye,       # of llava, trained
     free: bool          # as in `saying_loss`
-):
+) -> torch.Tensor:      # scalar
     "`saying_loss`, and to see in each place what the teacher sees there."
     pixels, _, drawn, _ = batch
     features = eye.features(pixels)
@@ -340,9 +361,9 @@ def harmless() -> list[Drawing]:
 # %% ../nbs/12_train_demo.ipynb #066e7edf
 @torch.no_grad()
 def own_questions(
-    lm, tok,       # SmolLM2 and its tokenizer
-    n: int = 560,  # stop at so many
-    seed: int = 7
+    lm, tok,      # SmolLM2 and its tokenizer
+    n: int = 560, # stop at so many
+    seed: int = 7 # of the sampling
 ) -> list[str]:
     "Questions that SmolLM2 asks when it plays the user; one line each, no two alike."
     torch.manual_seed(seed)
@@ -359,10 +380,10 @@ def own_questions(
 # %% ../nbs/12_train_demo.ipynb #7f924f22
 @torch.no_grad()
 def answer_in_words(
-    lm, tok,              # SmolLM2 and its tokenizer
-    questions: list[str], # what to ask
-    max_new_tokens: int = 36,
-    batch: int = 32       # questions at a time
+    lm, tok,                  # SmolLM2 and its tokenizer
+    questions: list[str],     # what to ask
+    max_new_tokens: int = 36, # length limit of an answer
+    batch: int = 32           # questions at a time
 ) -> list[str]:
     "SmolLM2's own greedy answers; long ones are cut."
     tok.padding_side, answers = 'left', []
@@ -377,8 +398,8 @@ def answer_in_words(
 def ask_smollm2(
     path: Path,   # JSON file to write
     n: int = 480, # questions about drawings
-    seed: int = 0
-) -> dict: # drawings: [picture question, question, name, answer]; twins: [topic, wording, answer]; more, own: [question, answer]
+    seed: int = 0 # which questions
+) -> dict:        # drawings: [picture question, question, name, answer]; twins: [topic, wording, answer]; more, own: [question, answer]
     "SmolLM2's answers, collected once; kept if the file exists."
     if path.exists(): return json.loads(path.read_text())
     lm, tok = smollm2(); rng = random.Random(seed)
@@ -447,10 +468,10 @@ def pad_batch(
 
 # %% ../nbs/12_train_demo.ipynb #373136dd
 def answer_loss(
-    model,  # language model or LLaVA, perhaps wrapped by peft
-    inputs, # from `pad_batch`
-    learn   # bool `[n, tokens]`
-):
+    model,         # language model or LLaVA, perhaps wrapped by peft
+    inputs,        # from `pad_batch`
+    learn          # bool `[n, tokens]`
+) -> torch.Tensor: # scalar
     "Cross-entropy of the assistant's tokens."
     inputs, at = {k: v.to(model.device) for k, v in inputs.items()}, learn[:, 1:].to(model.device)
     hidden = model.model(**inputs, use_cache=False).last_hidden_state
@@ -508,7 +529,7 @@ def train_lora(
     loss,         # function(step) -> scalar
     path: Path,   # checkpoint, resumed if it exists
     steps: int    # optimiser steps
-):
+):                # the model
     "Train what is not frozen; returns the model."
     opt, done = torch.optim.AdamW(groups, weight_decay=0.), 0
     rate = torch.optim.lr_scheduler.LambdaLR(opt, lambda t: min(1, (t + 1)/10)*(.05 + .475*(1 + math.cos(math.pi*min(1, t/steps)))))
@@ -538,8 +559,8 @@ def train_manners(
     steps: int = 380, # optimiser steps
     batch: int = 18,  # questions per step
     lr: float = 1e-3, # peak learning rate
-    seed: int = 1
-) -> dict: # low-rank updates, as `merge_lora` reads them
+    seed: int = 1     # of the updates and lessons
+) -> dict:            # low-rank updates, as `merge_lora` reads them
     "Teach SmolLM2 in plain text to decline what is harmful."
     lm, tok = smollm2()
     model, low = with_lora(lm, 8, seed)
@@ -549,7 +570,11 @@ def train_manners(
 # %% ../nbs/12_train_demo.ipynb #5d12751f
 class Renders(Dataset):
     "Renders of one drawing or phrase each: picture, map of owners, label."
-    def __init__(self, names, renders, seed): self.names, self.seed, self.things, self.n = names, seed, [*drawings(), *phrases()], renders
+    def __init__(self,
+        names,   # what patches may say
+        renders, # of each drawing and phrase
+        seed     # series of scenes
+    ): self.names, self.seed, self.things, self.n = names, seed, [*drawings(), *phrases()], renders
     def __len__(self): return self.n*len(self.things)
     def __getitem__(self, i):
         x = self.things[i % len(self.things)]
@@ -610,10 +635,11 @@ def fit_projector(
 # %% ../nbs/12_train_demo.ipynb #f6216e25
 def short_lessons(
     bank: dict,         # from `patch_bank`
-    names: Names, rng: random.Random,
+    names: Names,       # what patches may say
+    rng: random.Random, # source of randomness
     n: int = 72,        # lessons
     hard: float = 1.    # how often flags and phrases come, compared with other names
-): # labels, states `[n, 2, d]`
+):                      # labels, states `[n, 2, d]`
     "Names of similar length, and two patches of one render for each."
     often = [hard if i >= len(by_name()) or names.names[i].startswith('flag of') else 1. for i in bank]
     j, pool = rng.randrange(8), sorted(rng.choices(list(bank), often, k=8*n), key=lambda i: len(names.tokens[i]))
@@ -627,7 +653,7 @@ def short_loss(
     names: Names,   # what patches say
     labels, states, # from `short_lessons`
     clean: float    # share of the perfect vector in each patch
-):
+) -> torch.Tensor:  # scalar
     "Cross-entropy of the name and the end, after two patches."
     drawn, ids = len(by_name()), lambda t: tok(t, add_special_tokens=False)['input_ids']
     heads = [ids('This is' if i < drawn else 'It says') for i in labels]
@@ -643,25 +669,36 @@ def short_loss(
     return F.cross_entropy(model.lm_head(hidden[:, 1:-1][learn]), tokens[learn])
 
 # %% ../nbs/12_train_demo.ipynb #28dea27a
-def told(s):
+def told(
+    s # a `Scene`
+) -> str:
     "What a scene shows, as a sentence would say it."
     parts = [' and '.join(f'a {d.name}' for d in s.drawings)]*bool(s.drawings) + [f'the words "{s.text}"']*bool(s.text)
     return article(' and '.join(parts))
 
 READING = ('What does it say?', 'What is written in the picture?', 'Read the words in the picture.', 'Which words do you see?')
 
-def naming(s, rng):
+def naming(
+    s,      # a `Scene`
+    rng     # source of randomness
+) -> tuple: # (question, answer)
     "A question for what is shown or written."
     if s.text and (not s.drawings or rng.random() < .5): return rng.choice(READING), f'It says "{s.text}".'
     q = rng.choice(['What is in the picture?', 'What is this?', 'What do you see?', 'Name the thing in the picture.', 'What does this picture show?'])
     return q, f'This is {told(s)}.'
 
-def describing(s, rng):
+def describing(
+    s,      # a `Scene`
+    rng     # source of randomness
+) -> tuple: # (question, answer)
     "Everything in one sentence."
     return rng.choice(['Describe the picture.', 'Describe what you see.', 'Write a caption.']), article(f'The picture shows {told(s)} on a {s.colour} background.')
 
 # %% ../nbs/12_train_demo.ipynb #7feef623
-def yes_no(s, rng):
+def yes_no(
+    s,      # a `Scene`
+    rng     # source of randomness
+) -> tuple: # (question, answer)
     "Is it a …? Half of the time it is."
     if not s.drawings:
         asked = s.text if rng.random() < .5 else rng.choice(phrases())
@@ -672,7 +709,10 @@ def yes_no(s, rng):
     q = rng.choice(['Is this a {}?', 'Is there a {} in the picture?', 'Do you see a {}?'])
     return article(q.format(asked.name)), article(f'Yes, this is a {asked.name}.' if yes else f'No, this is a {d.name}.')
 
-def which_of_four(s, rng):
+def which_of_four(
+    s,      # a `Scene`
+    rng     # source of randomness
+) -> tuple: # (question, answer)
     "One of four names is right."
     right = rng.choice(shown(s))
     pool = list(by_name()) if right in by_name() else phrases()
@@ -732,11 +772,11 @@ def multiple_choice(
 
 # %% ../nbs/12_train_demo.ipynb #b7cc5bec
 def picture_lessons(
-    answers: dict,    # from `ask_smollm2`
-    seed: int = 3,
-    batch: int = 16,  # lessons per step; half as many in steps of multiple choice, whose questions are long
-    alone: int = 40   # first steps of naming and reading only
-):
+    answers: dict,   # from `ask_smollm2`
+    seed: int = 3,   # of the lessons
+    batch: int = 16, # lessons per step; half as many in steps of multiple choice, whose questions are long
+    alone: int = 40  # first steps of naming and reading only
+):                   # function (step) -> list of (picture, question, answer)
     "A function from a step's number to its lessons about pictures."
     def one(rng): return scene(rng.randrange(1 << 30), 20, *([(rng.choice(drawings()),)] if rng.random() < .5 else [(), 1., rng.choice(phrases())]))
     def lesson(rng):
@@ -769,41 +809,91 @@ class Course:
         bank: dict,             # from `patch_bank`
         answers: dict,          # from `ask_smollm2`
         ramp: tuple,            # short lessons with perfect patches, and until the last share of them
-        seed: int
+        seed: int               # of the lessons
     ):
         self.eye, self.names, self.model, self.processor, self.bank, self.answers, self.ramp, self.seed = eye, names, model, processor, bank, answers, ramp, seed
         self.lessons = picture_lessons(answers, seed)
-    def one(self, step, clean=0., hard=1.):
-        labels, states = short_lessons(self.bank, self.names, random.Random(f'{self.seed}-{step}'), hard=hard)
-        return short_loss(self.model, self.processor.tokenizer, self.eye.project, self.names, labels, states, clean)
-    def polite(self, step, n=12): return answer_loss(self.model, *manners_batch(self.answers, self.processor, f'{self.seed}-{step}', n))
-    def chat(self, step): return answer_loss(self.model, *pad_batch(self.lessons(step), self.processor))
-    def short(self, step): return self.one(step, min(1., max(0., (self.ramp[1] - step)/max(1, self.ramp[1] - self.ramp[0]))))
-    def talk(self, step): return self.chat(step) + self.polite(step) + (self.one(step) if step % 3 == 0 else 0.)
-    def last(self, step): return self.one(step, hard=3.) + (self.polite(step) if step % 2 == 0 else 0.) + (self.chat(1000 + step) if step % 3 == 0 else 0.)
+
+# %% ../nbs/12_train_demo.ipynb #c0a51e01
+@patch
+def one(self:Course,
+    step: int,         # which step
+    clean: float = 0., # share of the perfect vector in each patch
+    hard: float = 1.   # as for `short_lessons`
+) -> torch.Tensor:     # scalar
+    "The loss of short lessons: two patches, one name."
+    labels, states = short_lessons(self.bank, self.names, random.Random(f'{self.seed}-{step}'), hard=hard)
+    return short_loss(self.model, self.processor.tokenizer, self.eye.project, self.names, labels, states, clean)
+
+@patch
+def polite(self:Course,
+    step: int,     # which step
+    n: int = 12    # questions
+) -> torch.Tensor: # scalar
+    "The loss of lessons in plain text, harmful and harmless."
+    return answer_loss(self.model, *manners_batch(self.answers, self.processor, f'{self.seed}-{step}', n))
+
+@patch
+def chat(self:Course,
+    step: int      # which step
+) -> torch.Tensor: # scalar
+    "The loss of lessons about pictures."
+    return answer_loss(self.model, *pad_batch(self.lessons(step), self.processor))
+
+# %% ../nbs/12_train_demo.ipynb #c0a51e02
+@patch
+def short(self:Course,
+    step: int      # which step
+) -> torch.Tensor: # scalar
+    "Short lessons, with perfect patches at first."
+    return self.one(step, min(1., max(0., (self.ramp[1] - step)/max(1, self.ramp[1] - self.ramp[0]))))
+
+@patch
+def talk(self:Course,
+    step: int      # which step
+) -> torch.Tensor: # scalar
+    "Lessons about pictures, in plain text, and some short ones."
+    return self.chat(step) + self.polite(step) + (self.one(step) if step % 3 == 0 else 0.)
+
+@patch
+def last(self:Course,
+    step: int      # which step
+) -> torch.Tensor: # scalar
+    "Short lessons of what is hard, and of the others every second and third step."
+    return self.one(step, hard=3.) + (self.polite(step) if step % 2 == 0 else 0.) + (self.chat(1000 + step) if step % 3 == 0 else 0.)
 
 # %% ../nbs/12_train_demo.ipynb #020a92cb
 @patch
-def seen(self:Course, step, n=24):
+def seen(self:Course,
+    step,          # which step
+    n=24           # lessons
+) -> torch.Tensor: # scalar
     "Lessons that say first what they see."
     rngs = [random.Random(f'{self.seed}-{step}-{i}') for i in range(n)]
     lessons = [first_sentence(r) if r.random() < .58 else open_question(self.answers, r) for r in rngs]
     return answer_loss(self.model, *pad_batch(lessons, self.processor))
 
 @patch
-def first(self:Course, step):
+def first(self:Course,
+    step           # which step
+) -> torch.Tensor: # scalar
     "The same, so that nothing else fades."
     extra = self.polite(step) if step % 2 == 0 else self.one(step, hard=3.)
     return self.seen(step) + extra + (self.chat(2000 + step//6) if step % 6 == 5 else 0.)
 
 # %% ../nbs/12_train_demo.ipynb #b9d03f62
 @patch
-def choices(self:Course, step, n=8):
-    "Questions with four options."
+def choices(self:Course,
+    step: int,     # which step
+    n: int = 8     # questions
+) -> torch.Tensor: # scalar
+    "The loss of questions with four options."
     return answer_loss(self.model, *pad_batch([multiple_choice(np.random.default_rng([self.seed, step, i])) for i in range(n)], self.processor))
 
 @patch
-def whole(self:Course, step):
+def whole(self:Course,
+    step: int      # which step
+) -> torch.Tensor: # scalar
     "First sentences and manners in every step; beside them short lessons, choices and conversations in turn."
     third = self.one(step, hard=2.) if step % 2 else self.choices(step) if step % 4 else self.chat(1000 + step)
     return self.seen(step, 16) + self.polite(step, 16) + third
@@ -814,16 +904,16 @@ AGAIN = ('short', 25, 6e-4), ('whole', 135, 6e-4)
 
 # %% ../nbs/12_train_demo.ipynb #aabbaebc
 def train_family(
-    eye: Eye,          # trained
-    names: Names,      # what patches say
-    manners: dict,     # from `train_manners`
-    answers: dict,     # from `ask_smollm2`
-    folder: Path,      # for checkpoints
-    start=None,        # low-rank updates of another family to begin with
-    rounds=ROUNDS,     # of lessons; `AGAIN` with a start
-    ramp=(60, 160),    # as in `Course`; (0, 0) with a start
-    seed: int = 3
-) -> tuple[dict, dict]: # state of the eye with its new projector, low-rank updates
+    eye: Eye,                   # trained
+    names: Names,               # what patches say
+    manners: dict,              # from `train_manners`
+    answers: dict,              # from `ask_smollm2`
+    folder: Path,               # for checkpoints
+    start=None,                 # low-rank updates of another family to begin with
+    rounds=ROUNDS,              # of lessons; `AGAIN` with a start
+    ramp=(60, 160),             # as in `Course`; (0, 0) with a start
+    seed: int = 3               # of updates and lessons
+) -> tuple[dict, dict]:         # state of the eye with its new projector, low-rank updates
     "Teach the language model to read what the eye says, and to talk about it."
     state, device = {k: v for k, v in eye_state(eye).items() if not k.startswith('text_head')}, eye.text_head.weight.device
     model, low = with_lora(build(eye.family, state, manners)[0].to(device), 8, seed, start, mlp=True)

@@ -79,7 +79,9 @@ class ConceptCorpus:
     def __len__(self): return len(self.concepts)*self.per
 
     @cached_property
-    def below(self): return drawn_below(self.concepts)
+    def below(self) -> dict:
+        "What `drawn_below` gives for the concepts, computed once."
+        return drawn_below(self.concepts)
 
     def kinds(self,
         c: Concept # of the list

@@ -35,6 +35,14 @@ def test_missing_font():
         demo.letters("NoSuchFont", 12)
 
 
+def test_letters_without_libfribidi(monkeypatch):
+    "Where Pillow can't space letters as in the pictures of training, that is said."
+    monkeypatch.setattr(demo.features, "check", lambda name: False)
+    with pytest.warns(UserWarning, match="lacks libfribidi.*install it"):
+        demo.letters.__wrapped__("DejaVuSans", 12)
+
+
+@pytest.mark.skipif(not demo.features.check("raqm"), reason="the system lacks libfribidi: letters stand wider")
 @pytest.mark.parametrize("text", demo.phrases()[::97])
 def test_words_fit_and_are_owned(text):
     s = demo.scene(1, 5, (), text=text)

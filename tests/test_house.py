@@ -1,9 +1,12 @@
 """The rules of the house that a machine can check: packaging, the order of notebooks, sizes of cells, safety of files."""
 import ast
+import io
 import json
 import re
 import sys
+import tokenize
 from configparser import ConfigParser
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
@@ -50,6 +53,23 @@ def test_settings():
     for text in cfg["requirements"].split():
         assert any(s.operator in ("<", "==", "~=") for s in Requirement(text).specifier), text
     assert f'"{cfg["version"]}"' in (ROOT / "daco_nb/__init__.py").read_text()
+
+
+UNSAID = {"gguf", "accelerate"}  # what transformers imports on its own when it reads the language model's GGUF file
+
+
+def test_requirements_cover_imports():
+    "Whoever installs without extras can run everything: what a module imports at its top is required, and what transformers imports for it."
+    parser = ConfigParser(delimiters=["="])
+    parser.read(ROOT / "settings.ini", encoding="utf-8")
+    required = {Requirement(r).name.lower() for r in parser["DEFAULT"]["requirements"].split()}
+    trees = [ast.parse(m.read_text(encoding="utf-8")) for m in MODULES]
+    found = {a.name.split(".")[0] for t in trees for n in t.body if isinstance(n, ast.Import) for a in n.names}
+    found |= {n.module.split(".")[0] for t in trees for n in t.body if isinstance(n, ast.ImportFrom) and n.module and not n.level}
+    found -= set(sys.stdlib_module_names) | {"daco_nb"}
+    names = packages_distributions()
+    needed = {names.get(f, [f])[0].lower() for f in found} | UNSAID
+    assert {"torch", "transformers"} < needed and needed <= required, f"not in settings.ini's requirements: {sorted(needed - required)}"
 
 
 def test_package_data():
@@ -111,6 +131,44 @@ def test_nothing_is_unpickled(module):
             assert keywords.get("trust_remote_code", False) is False, ast.unparse(node)
             assert keywords.get("allow_pickle") is not True, ast.unparse(node)
             assert ast.unparse(node.func) != "torch.load" or keywords.get("weights_only") is True, ast.unparse(node)
+
+
+def public(tree):
+    "Public functions, patched methods, classes and their public methods, `__init__` and `__call__` included, as (name, node)."
+    for node in tree.body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_"):
+            yield node.name, node
+            for inner in node.body if isinstance(node, ast.ClassDef) else ():
+                if isinstance(inner, ast.FunctionDef) and (not inner.name.startswith("_") or inner.name in ("__init__", "__call__")):
+                    yield f"{node.name}.{inner.name}", inner
+
+
+def gives(node):
+    "Whether a function returns a value (functions inside it don't count)."
+    if isinstance(node, ast.Return):
+        return node.value is not None
+    return any(gives(n) for n in ast.iter_child_nodes(node) if not isinstance(n, (ast.FunctionDef, ast.Lambda, ast.ClassDef)))
+
+
+@each_module
+def test_public_names_are_documented(module):
+    "Every public name has a docstring, every parameter and field a comment on its line, and what is returned a type or a comment."
+    source = module.read_text(encoding="utf-8")
+    commented = {t.start[0] for t in tokenize.generate_tokens(io.StringIO(source).readline) if t.type == tokenize.COMMENT}
+    lacks = []
+    for name, node in public(ast.parse(source)):
+        if not ast.get_docstring(node) and not name.endswith("__init__"):
+            lacks.append(f"{name}: no docstring")
+        if isinstance(node, ast.ClassDef):
+            named = [(n.target.id, n.lineno) for n in node.body if isinstance(n, ast.AnnAssign)]
+        else:
+            a = node.args
+            named = [(x.arg, x.lineno) for x in [*a.posonlyargs, *a.args, *a.kwonlyargs, a.vararg, a.kwarg] if x and x.arg not in ("self", "cls")]
+            last = range(max([line for _, line in named], default=node.lineno), node.body[0].lineno)
+            if gives(node) and not node.returns and not commented & {line for line in last if source.split("\n")[line - 1].lstrip().startswith(")")}:
+                lacks.append(f"{name}: what does it return?")
+        lacks += [f"{name}: {x}" for x, line in named if line not in commented]
+    assert not lacks, lacks
 
 
 def test_every_module_comes_from_a_notebook():

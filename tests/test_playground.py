@@ -122,7 +122,7 @@ def test_unreadable_uploads(play, data, why):
     "The status line says what is wrong with a file; the playground goes on with what it had."
     said = upload(play, data, "my <file>.png")
     assert "cannot be shown" in said and why in said and "#b00020" in said and "my &lt;file&gt;.png" in said
-    assert play.file == b"" and play.forget.disabled
+    assert play.file == b"" and play.upload.value == () and play.forget.disabled  # the button counts nothing
     play.go.click()
     assert "Answered in" in play.status.value
     assert "takes the place" in upload(play, png(), "good.png")

@@ -73,11 +73,12 @@ def formulas(notebook):
 
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda p: p.stem)
 def test_page(notebook):
-    "A page exists, has the notebook's title, its figures and its maths, and no traceback."
+    "A page exists, has the notebook's title, its figures with a text for who can't see them, its maths, and no traceback."
     html = page(notebook).read_text(encoding="utf-8")
     title = re.search(r"^# (.+)$", cells(notebook)[0]["source"], re.M)[1]
     assert title.replace("`", "").split()[0] in re.sub(r"<[^>]+>", "", html.split("</title>")[0])
     assert html.count("<img") >= pictures(notebook)
+    assert not re.findall(r'<img(?![^>]*\balt="[^"]+")', html), "a figure without `#| fig-alt`, or with a colon in it, which YAML does not allow"
     assert not formulas(notebook) or 'class="math' in html
     assert "cell-output-error" not in html
     assert "?it/s]" not in html and "widget-view+json" not in html  # progress bars
