@@ -315,12 +315,35 @@ def _improve(
     return out
 
 # %% ../nbs/05_sparse_coding.ipynb #e56ec8f4
+def _start_codes(
+    Z: torch.Tensor, D: torch.Tensor, l1: float, l2: float, tol: float, nonneg: bool # as in `_working_sets`
+) -> torch.Tensor: # codes `[b, n]`, none worse than zeros
+    "The elastic net to moderate precision, by alternating directions: first in float32, then in float64."
+    floor, zz, rho = -math.inf if nonneg else -l1, Z.square().sum(1), 2*D.square().sum(1).mean().item()
+    K = torch.linalg.inv(_gram(D.T) + (l2 + rho)*torch.eye(D.shape[1]).to(D))
+    C, w = Z.new_zeros(len(Z), len(D)), (Z@D.T).clamp(floor, l1)
+    for dtype, steps in ((torch.float32, 20), (torch.float64, 40)):
+        z, A, k, C, w = (X.to(dtype) for X in (Z, D, K, C, w))
+        q = z@A.T
+        for i in range(steps):
+            v = q + rho*C - w
+            x = (v - v@A@k@A.T)/(l2 + rho)
+            v = (1.7*x - .7*C).mul_(rho).add_(w) # 1.7: a little further than to the new x
+            w = v.clamp(floor, l1)
+            C = (v - w).div_(rho)
+            if i % 5 == 4 and dtype == Z.dtype:
+                R = z - C@A
+                rr = R.square().sum(1)
+                if (_gap(zz, (R*z).sum(1), rr, R@A.T - l2*C, C, l1, l2, nonneg) <= tol).all(): break
+    return C*(rr + l2*C.square().sum(1) + 2*l1*C.abs().sum(1) < zz)[:, None]
+
+# %% ../nbs/05_sparse_coding.ipynb #53ea09a3
 def _working_sets(
     Z: torch.Tensor, D: torch.Tensor, l1: float, l2: float, max_iter: int, tol: float, nonneg: bool # float64; as in `elastic_net`
 ) -> tuple[torch.Tensor, torch.Tensor]: # codes `[b, n]`, gap `[b]`
     "Grow the working set of every vector until the gap of the whole problem is at most `tol`."
     codes, gaps, left = Z.new_zeros(len(Z), len(D)), Z.new_zeros(len(Z)), torch.arange(len(Z), device=Z.device)
-    C, m = codes.clone(), 0
+    C, m = _start_codes(Z, D, l1, l2, tol, nonneg) if 32*len(Z) >= D.shape[1] else codes.clone(), 0
     while True:
         R = Z - C@D
         slope = R@D.T - l2*C
