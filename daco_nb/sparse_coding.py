@@ -192,13 +192,12 @@ def prepared_omp(
         alone = len(z) == 1 and G is not None and z.device.type == 'cpu'
         if not (nonneg or alone): return _settle(z, U, *_pursue(z, U, k, tol, G))
         support, used = _pursue_nonneg(z, U, k, tol) if nonneg else _pursue_one(z, U, k, tol, G.numpy())
-        return support, _least_squares(z, U, support, used)
+        return support, _least_squares(z, U, support, used).to(z.dtype)
     def code(Z):
         Z, _ = _prepare(Z.detach().to(D.dtype), D[:1])
         codes = Z.new_zeros(len(Z), len(D))
         for z, c in zip(Z.split(portion), codes.split(portion)):
-            support, found = solve(z)
-            c.scatter_add_(1, support, found.to(c.dtype))
+            c.scatter_add_(1, *solve(z))
         return codes.clamp_min_(0).div_(norms) if nonneg else codes.div_(norms)
     return code
 

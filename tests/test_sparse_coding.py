@@ -347,3 +347,17 @@ def test_skglm_agrees(tau):
     peer = Peer(alpha=2./D.shape[1], l1_ratio=tau, fit_intercept=False, tol=1e-12, max_iter=1000)
     theirs = torch.from_numpy(np.stack([peer.fit(D.numpy().T, z).coef_ for z in Z.numpy()]))
     assert (C - theirs).abs().max() < 1e-5
+
+
+def test_a_batch_with_near_twins_keeps_its_precision():
+    "Rows that differ by a thousandth amplify rounding a million times; coefficients are still those of float64 on the same rows."
+    g = torch.Generator().manual_seed(0)
+    D = torch.nn.functional.normalize(torch.randn(4, 16, generator=g), dim=1)
+    D = torch.cat([D, D + 3e-3*torch.randn(4, 16, generator=g)])
+    Z = 101*D[:4] - 100*D[4:] + torch.randn(4, 16, generator=g)
+    codes = omp(Z, D, 8)
+    assert (codes != 0).all() # both of all twins
+    for z, c in zip(Z, codes):
+        rows = c.nonzero()[:, 0]
+        exact = torch.linalg.lstsq(D[rows].T.double(), z.double()[:, None]).solution[:, 0]
+        assert (c[rows] - exact).abs().max() < 1e-4*exact.abs().max()
