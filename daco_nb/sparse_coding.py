@@ -10,7 +10,7 @@ import math
 
 import numpy as np
 import torch
-from torch.nn.functional import embedding_bag
+from torch.nn.functional import embedding_bag, pad
 
 # %% ../nbs/05_sparse_coding.ipynb #a4c15e5f
 def _prepare(
@@ -27,10 +27,9 @@ def _prepare(
     dtype = torch.float64 if torch.float64 in (Z.dtype, D.dtype) else torch.float32
     Z, D = Z.to(dtype), D.to(Z.device, dtype)
     for name, X in (('Z', Z), ('D', D)):
-        size = torch.linalg.vector_norm(X, math.inf, dim=1) # one look at the data: NaN and infinity stay what they are
-        if len(bad := (~size.isfinite()).nonzero()[:5, 0]):
+        if len(bad := (~X.sum(1).isfinite()).nonzero()[:5, 0]): # a sum does not lose NaN or infinity
             raise ValueError(f'{name} has NaN or infinity in rows {bad.tolist()}: drop these rows, or find out what made them')
-    if len(zero := (size == 0).nonzero()[:5, 0]):
+    if len(zero := (D.norm(dim=1) == 0).nonzero()[:5, 0]):
         raise ValueError(f'Rows {zero.tolist()} of the dictionary are zero: a concept without direction, drop it')
     return Z, D
 
@@ -57,42 +56,56 @@ def _pursue_one(
     return torch.tensor([support + (k - len(support))*[0]]), torch.tensor([len(support)*[True] + (k - len(support))*[False]])
 
 # %% ../nbs/05_sparse_coding.ipynb #3c5b4bf5
-def _new_row(
-    T: torch.Tensor, # inverse Cholesky factors `[b, j, j]`
-    g: torch.Tensor, # inner products of a new atom with those taken `[b, j]`
-    floor: float     # least share of the new atom that counts as new
-) -> tuple[torch.Tensor, torch.Tensor]: # row of the larger factor `[b, j + 1]`; how much of the atom is new `[b]`
-    "Take one more atom into the inverse Cholesky factor."
-    w = T@g[..., None]                   # what the basis has of it
-    h2 = 1 - w.square().sum((1, 2))      # what is new
-    row = torch.cat([-(w.mT@T)[:, 0], T.new_ones(len(T), 1)], 1)
-    return row/h2.clamp_min(floor).sqrt()[:, None], h2
+def _gram(
+    U: torch.Tensor # `[n, d]`
+) -> torch.Tensor:  # `[n, n]`
+    "All inner products of the rows."
+    return torch.from_numpy(U.numpy()@U.numpy().T) if U.device.type == 'cpu' else U@U.T
+
+def _largest(
+    X: torch.Tensor # `[b, n]`
+) -> torch.Tensor:  # `[b]`
+    "Where the largest number of each row is."
+    return torch.from_numpy(X.numpy().argmax(1)) if X.device.type == 'cpu' else X.argmax(1)
 
 # %% ../nbs/05_sparse_coding.ipynb #dc117a36
+def _new_row(
+    T: torch.Tensor, # inverse Cholesky factors `[j, j, b]`
+    g: torch.Tensor, # inner products of a new atom with those taken `[j, b]`
+    floor: float     # least share of the new atom that counts as new
+) -> tuple[torch.Tensor, torch.Tensor]: # row of the larger factor `[j + 1, b]`; how much of the atom is new `[b]`
+    "Take one more atom into the inverse Cholesky factor."
+    w = (T*g).sum(1)             # what the basis has of it
+    h2 = 1 - w.square().sum(0)   # what is new
+    row = torch.cat([-(w[:, None]*T).sum(0), T.new_ones(1, T.shape[2])])
+    return row*h2.clamp_min(floor).rsqrt(), h2
+
+# %% ../nbs/05_sparse_coding.ipynb #8eb666d6
 def _pursue(
     Z: torch.Tensor,       # `[b, d]`
     U: torch.Tensor,       # unit rows `[n, d]`
     k: int,                # atoms per vector, at most
     tol: float | None,     # stop a vector at this squared residual
     G: torch.Tensor | None # Gram matrix `[n, n]`, or None to do without
-) -> tuple[torch.Tensor, torch.Tensor]: # support `[b, k]` (indices) and which of its entries are used
+): # support `[b, k]` (indices), which of its entries are used, their coefficients, and T `[k, k, b]`
     "Greedy choice of atoms for every row of `Z`."
-    correlation = start = Z@U.T
-    energy, floor, T, c = Z.square().sum(1), 10*torch.finfo(Z.dtype).eps, Z.new_zeros(len(Z), k, k), Z.new_zeros(len(Z), k)
-    least, support, used, go = floor*energy.sqrt(), torch.zeros_like(c, dtype=torch.long), torch.zeros_like(c, dtype=torch.bool), torch.ones_like(energy, dtype=torch.bool)
+    start, energy, floor = Z@U.T, Z.square().sum(1), 10*torch.finfo(Z.dtype).eps
+    T, c, go, size = Z.new_zeros(k, k, len(Z)), Z.new_zeros(k, len(Z)), energy > 0, start.abs()
+    least, support, used = floor*energy.sqrt(), torch.zeros_like(c, dtype=torch.long), torch.zeros_like(c, dtype=torch.bool)
     for j in range(k):
-        best, i = correlation.abs().max(1)                     # the atom nearest to the residual
-        g = (U[support[:, :j]]@U[i][..., None])[..., 0] if G is None else G[i[:, None], support[:, :j]]
-        row, h2 = _new_row(T[:, :j, :j], g, floor)
-        if not (go := go & (best > least) & (h2 > floor) & (energy > (-1 if tol is None else tol))).any(): break
-        T[:, j, :j + 1], support[:, j], used[:, j] = row*go[:, None], i, go
-        y = correlation.gather(1, i[:, None])*T[:, j, j:j + 1] # [b, 1]: <q_j, r>
-        c[:, :j + 1] += y*T[:, j, :j + 1]
-        now = support[:, :j + 1].contiguous()
-        fit = embedding_bag(now, U if G is None else G, per_sample_weights=c[:, :j + 1].contiguous(), mode='sum')
-        correlation = ((Z - fit)@U.T if G is None else start - fit).scatter_(1, now, 0.) # what is taken is explained
-        energy = energy - y[:, 0].square()
-    return support, used
+        i, now = _largest(size), support[:j].T.contiguous()              # the atom nearest to the residual; those before
+        g = (U[now]@U[i][..., None])[..., 0].T if G is None else G[i, support[:j]]
+        near = start.gather(1, i[:, None])[:, 0] - (c[:j]*g).sum(0)      # <u_i, r>, with its sign
+        row, h2 = _new_row(T[:j, :j], g, floor)
+        if not (go := go & (near.abs() > least) & (h2 > floor) & (energy > (-1 if tol is None else tol))).any(): break
+        T[j, :j + 1], support[j], used[j] = row*go, i, go
+        y = near*T[j, j]                                                 # <q_j, r>
+        c[:j + 1] += y*T[j, :j + 1]
+        if j + 1 == k: break
+        energy, now = energy - y.square(), support[:j + 1].T.contiguous()
+        fit = embedding_bag(now, U if G is None else G, per_sample_weights=c[:j + 1].T.contiguous(), mode='sum')
+        size = ((Z - fit)@U.T if G is None else fit.sub_(start)).abs_().scatter_(1, now, 0.) # what is taken is explained
+    return support.T.contiguous(), used.T, c.T.contiguous(), T
 
 # %% ../nbs/05_sparse_coding.ipynb #8cbc1ea3
 def _least_squares(
@@ -107,6 +120,19 @@ def _least_squares(
         gram = A@A.mT + torch.diag_embed((~u).double() + 1e-13)
         return torch.linalg.solve(gram, A@z.double()[..., None])[..., 0]*u
     return torch.cat([fit(*part) for part in zip(Z.split(16), support.split(16), used.split(16))])
+
+# %% ../nbs/05_sparse_coding.ipynb #aa6fa2b3
+def _settle(
+    Z: torch.Tensor, U: torch.Tensor, # `[b, d]`, unit rows `[n, d]`
+    support: torch.Tensor, used: torch.Tensor, c: torch.Tensor, T: torch.Tensor # from `_pursue`
+) -> tuple[torch.Tensor, torch.Tensor]: # support and coefficients `[b, k]`
+    "Take the rounding errors of the pursuit out of its coefficients."
+    residual = Z - embedding_bag(support, U, per_sample_weights=c, mode='sum')
+    w = (T*(residual@U.T).gather(1, support).T).sum(1)
+    more = (T*w[:, None]).sum(0).T
+    c, bad = c + more, more.abs().amax(1) > 1e-3*c.abs().amax(1)
+    if bad.any(): c[bad] = _least_squares(Z[bad], U, support[bad], used[bad]).to(c.dtype)
+    return support, c
 
 # %% ../nbs/05_sparse_coding.ipynb #b74f628a
 def _fit_nonneg(
@@ -160,17 +186,18 @@ def prepared_omp(
     _, D = _prepare(D[:1], D)
     if not 1 <= k <= min(D.shape): raise ValueError(f'k = {k} atoms from {len(D)} concepts in {D.shape[1]} dimensions: choose k from 1 to {min(D.shape)}')
     norms, table = D.norm(dim=1), table and len(D) <= 8192
-    U = D/norms[:, None]
-    G, portion = U@U.T if table and not nonneg else None, max(1, 2**22//max(len(D), k*k)) # 16 MB of float32
-    def choose(z):
-        if nonneg: return _pursue_nonneg(z, U, k, tol)
-        return _pursue_one(z, U, k, tol, G.numpy()) if len(z) == 1 and G is not None and G.device.type == 'cpu' else _pursue(z, U, k, tol, G)
+    U = pad((D/norms[:, None]).detach(), (0, 0, 0, -len(D)%16))
+    G, portion = _gram(U) if table and not nonneg else None, max(1, 2**22//max(len(D), k*k)) # 16 MB of float32
+    def solve(z):
+        alone = len(z) == 1 and G is not None and z.device.type == 'cpu'
+        if not (nonneg or alone): return _settle(z, U, *_pursue(z, U, k, tol, G))
+        support, used = _pursue_nonneg(z, U, k, tol) if nonneg else _pursue_one(z, U, k, tol, G.numpy())
+        return support, _least_squares(z, U, support, used).to(z.dtype)
     def code(Z):
-        Z, _ = _prepare(Z.to(D.dtype), D[:1])
+        Z, _ = _prepare(Z.detach().to(D.dtype), D[:1])
         codes = Z.new_zeros(len(Z), len(D))
         for z, c in zip(Z.split(portion), codes.split(portion)):
-            support, used = choose(z)
-            c.scatter_add_(1, support, _least_squares(z, U, support, used).to(c.dtype))
+            c.scatter_add_(1, *solve(z))
         return codes.clamp_min_(0).div_(norms) if nonneg else codes.div_(norms)
     return code
 
@@ -287,12 +314,35 @@ def _improve(
     return out
 
 # %% ../nbs/05_sparse_coding.ipynb #e56ec8f4
+def _start_codes(
+    Z: torch.Tensor, D: torch.Tensor, l1: float, l2: float, tol: float, nonneg: bool # as in `_working_sets`
+) -> torch.Tensor: # codes `[b, n]`, none worse than zeros
+    "The elastic net to moderate precision, by alternating directions: first in float32, then in float64."
+    floor, zz, rho = -math.inf if nonneg else -l1, Z.square().sum(1), 2*D.square().sum(1).mean().item()
+    K = torch.linalg.inv(_gram(D.T) + (l2 + rho)*torch.eye(D.shape[1]).to(D))
+    C, w = Z.new_zeros(len(Z), len(D)), (Z@D.T).clamp(floor, l1)
+    for dtype, steps in ((torch.float32, 20), (torch.float64, 40)):
+        z, A, k, C, w = (X.to(dtype) for X in (Z, D, K, C, w))
+        q = z@A.T
+        for i in range(steps):
+            v = q + rho*C - w
+            x = (v - v@A@k@A.T)/(l2 + rho)
+            v = (1.7*x - .7*C).mul_(rho).add_(w) # 1.7: a little further than to the new x
+            w = v.clamp(floor, l1)
+            C = (v - w).div_(rho)
+            if i % 5 == 4 and dtype == Z.dtype:
+                R = z - C@A
+                rr = R.square().sum(1)
+                if (_gap(zz, (R*z).sum(1), rr, R@A.T - l2*C, C, l1, l2, nonneg) <= tol).all(): break
+    return C*(rr + l2*C.square().sum(1) + 2*l1*C.abs().sum(1) < zz)[:, None]
+
+# %% ../nbs/05_sparse_coding.ipynb #53ea09a3
 def _working_sets(
     Z: torch.Tensor, D: torch.Tensor, l1: float, l2: float, max_iter: int, tol: float, nonneg: bool # float64; as in `elastic_net`
 ) -> tuple[torch.Tensor, torch.Tensor]: # codes `[b, n]`, gap `[b]`
     "Grow the working set of every vector until the gap of the whole problem is at most `tol`."
     codes, gaps, left = Z.new_zeros(len(Z), len(D)), Z.new_zeros(len(Z)), torch.arange(len(Z), device=Z.device)
-    C, m = codes.clone(), 0
+    C, m = _start_codes(Z, D, l1, l2, tol, nonneg) if 32*len(Z) >= D.shape[1] else codes.clone(), 0
     while True:
         R = Z - C@D
         slope = R@D.T - l2*C
