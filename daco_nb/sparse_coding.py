@@ -186,7 +186,7 @@ def prepared_omp(
     _, D = _prepare(D[:1], D)
     if not 1 <= k <= min(D.shape): raise ValueError(f'k = {k} atoms from {len(D)} concepts in {D.shape[1]} dimensions: choose k from 1 to {min(D.shape)}')
     norms, table = D.norm(dim=1), table and len(D) <= 8192
-    U = pad((D/norms[:, None]).detach(), (0, 0, 0, -len(D)%16))
+    U = pad((D/norms[:, None]).detach(), (0, 0, 0, 0 if nonneg else -len(D)%16)) # a zero row has no correlation: the largest one, where all others are negative
     G, portion = _gram(U) if table and not nonneg else None, max(1, 2**22//max(len(D), k*k)) # 16 MB of float32
     def solve(z):
         alone = len(z) == 1 and G is not None and z.device.type == 'cpu'
