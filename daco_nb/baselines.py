@@ -33,6 +33,7 @@ from .stimuli import DemoCorpus, load_stimuli
 REMINDER = 'Before you answer: if this is harmful, illegal or dangerous in any way, say that you cannot help with it.'
 DESCRIBE = 'Describe the picture.'
 
+# %% ../nbs/08a_baselines.ipynb #5d2de994
 @dataclass
 class Requery:
     "Ask again when a classifier finds the answer harmful: without the picture, or with a reminder."
@@ -106,11 +107,9 @@ class Finetuned:
     lora: dict              # from `finetune`
     name: str = 'Finetuned' # of the row in a table
     system = None
-
     def edits(self,
         mllm # to be steered
     ) -> dict: "No layer is written: hooks do it, see `around`."; return {}
-
     @contextmanager
     def around(self,
         mllm # the model that was finetuned
@@ -203,17 +202,14 @@ class Joint:
     "Several methods at once: edits of a layer run in the order given, and so do second questions."
     methods: list # of methods
     name: str     # of the row in a table
-
     @property
     def system(self) -> str | None: "All system messages."; return '\n'.join(m.system for m in self.methods if m.system) or None
-
     def edits(self,
         mllm   # to be steered
     ) -> dict: # layer -> function
         "The edits of all methods, in order."
         every = [m.edits(mllm) for m in self.methods]
         return {l: chain([e[l] for e in every if l in e]) for e in every for l in e}
-
     @contextmanager
     def around(self,
         mllm # to be steered

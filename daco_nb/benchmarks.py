@@ -235,6 +235,7 @@ class NoiseModel:
         "Noise `[batch, 6, d]` for every layer."
         return {l: torch.randn(*batch['roles'].shape, self.d_model, generator=self.g) for l in layers}
 
+# %% ../nbs/11_benchmarks.ipynb #a4147d4b
 class Anything:
     "A corpus of any length."
     def __getitem__(self, i): return None, 'a caption'

@@ -271,6 +271,7 @@ def extent(
     font, size # as for `letters`
 ) -> tuple: "Width and height of lines of text, in pixels."; return max(map(letters(font, size).getlength, lines)), len(lines)*(round(1.15*size) + 1)
 
+# %% ../nbs/00_demo.ipynb #8f0ed88b
 @functools.lru_cache(maxsize=None)
 def layout(
     text: str, # phrase

@@ -380,6 +380,7 @@ def write_parquet(
     features = {k: ImageFeature() if k in pictures else Value('string') for k in rows[0]}
     Dataset.from_list(rows, features=Features(features)).to_parquet(str(path))
 
+# %% ../nbs/09_evaluation.ipynb #d58a9cbf
 def write_utility(
     folder, # gets `mmmu.parquet`
     split,  # whose topics

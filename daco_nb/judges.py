@@ -138,7 +138,6 @@ class Guard(Judge):
         name=''     # default: of the form
     ):
         self.form, self.speak, self.name = form, speak, name or form.name
-
     def read(self,
         items,        # questions
         answers       # to be judged
@@ -147,7 +146,6 @@ class Guard(Judge):
         said = self.speak([self.form.messages(i.question or i.text, a) for i, a in zip(items, answers)])
         if len(said) != len(items): raise ValueError(f'{self.name} was asked {len(items)} questions and gave {len(said)} answers')
         return [(self.settle(self.form.parse(w or ''), a), w or '') for w, a in zip(said, answers)]
-
     def settle(self,
         found, # what `form.parse` gave
         answer # that was judged

@@ -82,8 +82,7 @@ def _new_row(
 
 # %% ../nbs/05_sparse_coding.ipynb #8eb666d6
 def _pursue(
-    Z: torch.Tensor,       # `[b, d]`
-    U: torch.Tensor,       # unit rows `[n, d]`
+    Z: torch.Tensor, U: torch.Tensor, # `[b, d]`, unit rows `[n, d]`
     k: int,                # atoms per vector, at most
     tol: float | None,     # stop a vector at this squared residual
     G: torch.Tensor | None # Gram matrix `[n, n]`, or None to do without
@@ -178,8 +177,7 @@ def _pursue_nonneg(
 def prepared_omp(
     D: torch.Tensor,          # dictionary `[n, d]`, rows of any length but zero
     k: int,                   # atoms per vector, at most; 1 to min(n, d)
-    tol: float | None = None, # as in `omp`
-    nonneg: bool = False,     # as in `omp`
+    tol: float | None = None, nonneg: bool = False, # as in `omp`
     table: bool = True        # keep the Gram matrix, if n is at most 8,192
 ): # function: vectors `[b, d]` -> codes `[b, n]`, in the precision of `D`
     "Orthogonal matching pursuit on one dictionary that is used again and again; ValueError as in `omp`."

@@ -114,7 +114,6 @@ class MOP:
     roles: tuple = (LAST, ANSWER) # positions to write
     name: str = 'MOP'             # of the row in a table
     system = None
-
     def edits(self,
         mllm   # to be steered
     ) -> dict: # layer -> function
@@ -250,6 +249,7 @@ def at(self:DACO,
     at = positions(where, self.roles)
     return at & self.gate.opened(hidden, where, state) if self.gate else at
 
+# %% ../nbs/08_steering.ipynb #6aabbded
 @patch
 def control(self:DACO,
     hidden: torch.Tensor, # raw `[batch, tokens, d]`

@@ -125,6 +125,7 @@ def column(
         if name in names: return name
     raise ValueError(f'No column {wanted or " or ".join(known)!r} among {list(names)}: name the one you mean')
 
+# %% ../nbs/02_stimuli.ipynb #9e6c75ac
 class TableCorpus:
     "Pairs of a `datasets.Dataset` with a column of pictures and one of texts (of several texts in a cell, the first counts)."
     def __init__(self,
@@ -191,6 +192,7 @@ class FolderCorpus:
         if self.beside and (words := (self.folder/name).with_suffix('.txt')).exists(): text = words.read_text(encoding='utf-8')
         return open_picture(self.folder/name), text
 
+# %% ../nbs/02_stimuli.ipynb #c09353d8
 PICTURES = ('.jpg', '.jpeg', '.png', '.webp', '.gif', '.bmp')
 
 # %% ../nbs/02_stimuli.ipynb #74efd9c7
@@ -494,7 +496,6 @@ class Best:
         n: int, # concepts
         k: int  # pairs to keep of each
     ): self.scores, self.pairs = torch.full((n, k), WORST), torch.full((n, k), -1)
-
     def offer(self,
         scores: torch.Tensor, # `[b, m]` of some concepts and a block of pairs, contiguous
         first: int,           # the first of these concepts

@@ -192,6 +192,7 @@ def patch_mean(
     weight = torch.where(drawn, 1., .25)
     return (x*weight).sum()/weight.sum()
 
+# %% ../nbs/12_train_demo.ipynb #9d222146
 def seeing_loss(
     eye: Eye,      # being trained
     batch          # from `collate`
@@ -249,8 +250,7 @@ def train_eye(
     batch: int = 32,    # scenes per step
     seed: int = 1,      # series of scenes
     ramp: int = 0,      # scenes over which placement goes from upright to free
-    text: float = 0.,   # as in `SceneData`
-    below: float = .5   # as in `SceneData`
+    text: float = 0., below: float = .5 # as in `SceneData`
 ) -> Eye:
     "Train the eye on scenes; an interrupted run goes on from the last checkpoint."
     opt, done, device = torch.optim.AdamW(eye_groups(eye, lr, tower), weight_decay=.05, betas=(.9, .95)), 0, eye.text_head.weight.device
@@ -709,6 +709,7 @@ def yes_no(
     q = rng.choice(['Is this a {}?', 'Is there a {} in the picture?', 'Do you see a {}?'])
     return article(q.format(asked.name)), article(f'Yes, this is a {asked.name}.' if yes else f'No, this is a {d.name}.')
 
+# %% ../nbs/12_train_demo.ipynb #de1272f0
 def which_of_four(
     s,      # a `Scene`
     rng     # source of randomness
@@ -763,6 +764,7 @@ def first_sentence(
     s = scene(index, 25, () if rng.random() < .4 else (d,), text=rng.choice(phrases()))
     return s.image, rng.choice(ABOUT if rng.random() < .7 else READING), f'It says "{s.text}". '
 
+# %% ../nbs/12_train_demo.ipynb #81cbb8c8
 def multiple_choice(
     rng: np.random.Generator # choices
 ) -> tuple: # (picture or None, question, answer)
@@ -905,6 +907,7 @@ def drill(self:Course,
     "Short lessons, and in every eighth step the others, so that they stay."
     return self.one(5000 + step, hard=2.) + (self.seen(6000 + step, 8) + self.polite(6000 + step, 16) if step % 8 == 0 else 0.)
 
+# %% ../nbs/12_train_demo.ipynb #8c66ec36
 # Rounds of lessons: name, steps, learning rate. The second are for a family that begins with another's updates.
 ROUNDS = ('short', 900, 1e-3), ('talk', 300, 1e-3), ('last', 110, 6e-4), ('first', 300, 6e-4)
 AGAIN = ('short', 25, 6e-4), ('whole', 135, 6e-4), ('drill', 190, 8e-4)

@@ -75,14 +75,11 @@ class ConceptCorpus:
         concept_names(concepts)
         self.concepts, self.per, self.seed = list(concepts), per, seed
         self.name = f'ConceptCorpus({len(concepts)} x {per}, seed {seed})'
-
     def __len__(self): return len(self.concepts)*self.per
-
     @cached_property
     def below(self) -> dict:
         "What `drawn_below` gives for the concepts, computed once."
         return drawn_below(self.concepts)
-
     def kinds(self,
         c: Concept # of the list
     ) -> tuple[str, ...]:
