@@ -125,9 +125,8 @@ class MOP:
             at = positions(where, self.roles)
             z = self.D.standardise(hidden[at])
             clean = oblique_projection(z, V, code(z), self.undesirable)
-            hidden = hidden.clone()
-            hidden[at] = self.D.unstandardise(z + self.strength*(clean - z)).to(hidden.dtype)
-            return hidden
+            new = self.D.unstandardise(z + self.strength*(clean - z)).to(hidden.dtype)
+            return hidden.index_put((at,), new)
         return {self.D.layer: project}
 
 # %% ../nbs/08_steering.ipynb #6fa0a3b2

@@ -493,8 +493,7 @@ def pick(
 class Best:
     "For each concept the pairs with the `k` highest scores so far, highest first; scores of `WORST` or less don't count."
     def __init__(self,
-        n: int, # concepts
-        k: int  # pairs to keep of each
+        n: int, k: int # concepts; pairs to keep of each
     ): self.scores, self.pairs = torch.full((n, k), WORST), torch.full((n, k), -1)
     def offer(self,
         scores: torch.Tensor, # `[b, m]` of some concepts and a block of pairs, contiguous
