@@ -223,6 +223,24 @@ def random(cls: SAE,
     "The ablation: random unit atoms, encoder tied at the start."
     return _start(cls(d_in, d_sae, k, architecture), normalize(torch.randn(d_sae, d_in, generator=generator), dim=1), mean, std)
 
+# %% ../nbs/06_sae.ipynb #112140c1
+@patch(cls_method=True)
+def from_data(cls: SAE,
+    Z: torch.Tensor,             # standardised activations `[m, d]`, m at least `d_sae`
+    d_sae: int,                  # number of latents
+    k: int = 32,                 # active latents per activation
+    architecture: str = 'topk',  # a key of `ACTIVATIONS`
+    mean: torch.Tensor | None = None,        # of the standardisation, if there is one
+    std: torch.Tensor | None = None,         # of the standardisation
+    generator: torch.Generator | None = None # source of randomness
+) -> SAE:
+    "Unit atoms that point from the mean to `d_sae` of the activations, encoder tied; ValueError for too few activations, or equal ones."
+    if len(Z) < d_sae: raise ValueError(f'{d_sae} atoms from data need at least {d_sae} activations, got {len(Z)}: pass more of them, or fewer atoms')
+    rows = Z[torch.randperm(len(Z), generator=generator)[:d_sae]].float() - Z.float().mean(0)
+    flat = ~(rows.norm(dim=1) > 1e-6*Z.float().std()) # NaN counts, too
+    if flat.any(): raise ValueError(f'{int(flat.sum())} of {d_sae} activations lie at the mean, or are not finite: atoms need a direction, drop these rows')
+    return _start(cls(Z.shape[1], d_sae, k, architecture), normalize(rows, dim=1), mean, std)
+
 # %% ../nbs/06_sae.ipynb #ee0aa5e8
 def _chosen(
     pre: torch.Tensor, # pre-activations `[b, d_sae]`

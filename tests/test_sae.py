@@ -148,6 +148,14 @@ def test_the_generator_decides(world):
     assert torch.equal(train(1), train(1)) and not torch.equal(train(1), train(2))
 
 
+def test_atoms_from_data(world):
+    sae = SAE.from_data(world.Z, 24, k=2, mean=world.D.mean, std=world.D.std, generator=seeded(0))
+    off = normalize(world.Z - world.Z.mean(0), dim=1)
+    assert torch.allclose((sae.W_dec@off.T).max(1).values, torch.ones(24), atol=1e-5) # each points at a row
+    assert torch.equal(sae.W_enc, sae.W_dec.T) and torch.equal(sae.std, world.D.std) and sae.concept_index.max() == -1
+    assert torch.equal(sae.W_dec, SAE.from_data(world.Z, 24, k=2, generator=seeded(0)).W_dec)
+
+
 def test_a_tensor_is_a_dictionary_too():
     sae = SAE.from_dictionary(torch.eye(4), k=2)
     assert torch.equal(sae.mean, torch.zeros(4)) and torch.equal(sae.std, torch.ones(4))
@@ -434,6 +442,9 @@ bad = [
     (lambda w: SAE.from_dictionary(w.D, 100, k=2, extra='zeros'), "'zeros'"),
     (lambda w: SAE.from_dictionary(w.D, 0, k=2), 'k = 2'),
     (lambda w: SAE.from_dictionary(SimpleNamespace(vectors=torch.eye(2), mean=torch.zeros(2), std=torch.tensor([1., 0.])), k=1), r'std is not positive in dimensions \[1\]'),
+    (lambda w: SAE.from_data(w.Z[:5], 24, k=2), 'at least 24 activations, got 5'),
+    (lambda w: SAE.from_data(torch.ones(30, 12), 24, k=2), '24 of 24 activations lie at the mean'),
+    (lambda w: SAE.from_data(torch.full((30, 12), torch.nan), 24, k=2), 'not finite'),
     (lambda w: SAE.random(12, 24, k=2).fit(w.Z[:, :5], bar=False), 'width 5'),
     (lambda w: SAE.random(12, 24, k=2).fit(w.Z[0], bar=False), 'matrix'),
     (lambda w: SAE.random(12, 24, k=2).fit(w.Z/0, bar=False), 'NaN or infinity'),
