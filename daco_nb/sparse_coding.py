@@ -317,9 +317,9 @@ def _start_codes(
 ) -> torch.Tensor: # codes `[b, n]`, none worse than zeros
     "The elastic net to moderate precision, by alternating directions: first in float32, then in float64."
     floor, zz, rho = -math.inf if nonneg else -l1, Z.square().sum(1), 2*D.square().sum(1).mean().item()
-    K = torch.linalg.inv(_gram(D.T) + (l2 + rho)*torch.eye(D.shape[1]).to(D))
+    K = torch.cholesky_inverse(torch.linalg.cholesky(_gram(D.T) + (l2 + rho)*torch.eye(D.shape[1]).to(D)))
     C, w = Z.new_zeros(len(Z), len(D)), (Z@D.T).clamp(floor, l1)
-    for dtype, steps in ((torch.float32, 20), (torch.float64, 40)):
+    for dtype, steps in ((torch.float32, 30), (torch.float64, 40)):
         z, A, k, C, w = (X.to(dtype) for X in (Z, D, K, C, w))
         q = z@A.T
         for i in range(steps):
@@ -328,7 +328,7 @@ def _start_codes(
             v = (1.7*x - .7*C).mul_(rho).add_(w) # 1.7: a little further than to the new x
             w = v.clamp(floor, l1)
             C = (v - w).div_(rho)
-            if i % 5 == 4 and dtype == Z.dtype:
+            if i % 3 == 0 and dtype == Z.dtype:
                 R = z - C@A
                 rr = R.square().sum(1)
                 if (_gap(zz, (R*z).sum(1), rr, R@A.T - l2*C, C, l1, l2, nonneg) <= tol).all(): break

@@ -183,10 +183,13 @@ def test_the_gap_is_a_certificate(seed, alpha, tau, nonneg):
 
 @quick
 @given(seeds, st.booleans())
-def test_more_iterations_never_hurt_much_and_the_gap_falls(seed, nonneg):
+def test_more_iterations_never_hurt_and_the_gap_closes(seed, nonneg):
+    "The objective falls. Its bound, the gap, need not on the way, but closes in the end."
     Z, D = problem(seed, dtype=torch.float64)
-    gaps = torch.stack([elastic_net(Z, D, .3, max_iter=i, tol=0, nonneg=nonneg)[1] for i in (1, 10, 200)])
-    assert (gaps[2] <= gaps[0] + 1e-12).all()
+    few, more, many = (elastic_net(Z, D, .3, max_iter=i, tol=0, nonneg=nonneg) for i in (1, 200, 2000))
+    values = [objective(Z, D, C, .3, .9) for C, _ in (few, more, many)]
+    assert (values[1] <= values[0] + 1e-9).all() and (values[2] <= values[1] + 1e-9).all()
+    assert (many[1] < 1e-6).all()
 
 
 @settings(quick, max_examples=10)
