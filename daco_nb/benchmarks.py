@@ -387,7 +387,7 @@ def clock(train):
 PROGRAMS = {'ours': '''
 from daco_nb.sae import SAE
 sae = SAE.from_data(Z, d_sae, k=k, generator=g)
-clock(lambda: sae.fit(Z, g, bar=False, steps=steps, batch=batch, every=steps, heldout=.01, lr=a['lr'])).save(out, overwrite=True)
+clock(lambda: sae.fit(Z, g, bar=False, steps=steps, batch=batch, every=steps, heldout=.01, lr=a['lr'], dead_after=10**6)).save(out, overwrite=True) # as with the peers, no latent is given up in so short a run
 ''', 'SAELens': '''
 from sae_lens import TopKTrainingSAE, TopKTrainingSAEConfig
 from sae_lens.config import SAETrainerConfig
