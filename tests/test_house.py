@@ -118,6 +118,31 @@ def test_outputs(notebook):
             assert not re.search(r"(?<![\w.])/(root|home|work|tmp|Users)/", text), text[:300]
 
 
+@pytest.mark.parametrize("notebook", sorted((ROOT / "nbs").glob("*.ipynb")), ids=lambda p: p.stem)
+def test_no_progress_bars(notebook):
+    "No progress bar is stored: it needs a kernel, and says 0 % without one."
+    for cell in cells(notebook, "code"):
+        for out in cell["outputs"]:
+            assert "application/vnd.jupyter.widget-view+json" not in out.get("data", {}), cell["source"][:200]
+            assert not re.search(r"\d%\||\dit/s|s/it\b", "".join(out.get("text", ""))), cell["source"][:200]
+
+
+LESSONS = [n for n in NOTEBOOKS if not n.stem.startswith("15")]  # 15_checks is a reference: it has nothing to predict
+PARTS = {"what you will learn": r"\*\*You will learn\b", "the time, in a paragraph of its own": r"(?<=\n\n)\*\*Time\*\*: .*\d+ minutes",
+         "what one should see": r"^## What you should see$", "exercises": r"^## Exercises$", "a recap": r"^## Recap$", "where to go next": r"^\*\*Next\*\*: "}
+
+
+@pytest.mark.parametrize("notebook", LESSONS, ids=lambda p: p.stem)
+def test_lesson(notebook):
+    "Every lesson says what it teaches and how long it takes, asks for a prediction, says what should be seen, practises, and sums up, in this order."
+    prose = "\n\n".join(c["source"] for c in cells(notebook, "markdown"))
+    found = {what: re.search(pattern, prose, re.M) for what, pattern in PARTS.items()}
+    assert all(found.values()), f"{notebook.name} lacks {', '.join(k for k, m in found.items() if not m)}"
+    places = [m.start() for m in found.values()]
+    assert places == sorted(places), f"{notebook.name}: the order is {', '.join(sorted(found, key=lambda k: found[k].start()))}"
+    assert re.search(r"^\*\*Predict\b.*\?", prose, re.M), f"{notebook.name} asks for no prediction"
+
+
 @each_module
 def test_nothing_is_unpickled(module):
     "No pickle, no torch.load without weights_only=True, no trust_remote_code=True, no allow_pickle=True."
