@@ -212,8 +212,17 @@ def test_readme():
         assert "://" in link or (ROOT / link).exists(), f"README.md links to {link}"
 
 
+SECTIONS = {"Playground": ["10_playground"], "Results": ["11_benchmarks", "limits"], "Reference": ["api", "glossary", "15_checks"]}
+
+
 def test_sidebar():
-    "Every notebook is on the site's sidebar, and the sidebar names no other."
-    listed = set(re.findall(r"[\w-]+\.ipynb", (ROOT / "nbs/sidebar.yml").read_text()))
-    assert listed == {p.name for p in (ROOT / "nbs").glob("*.ipynb")}
+    "The site's sidebar has a first page and four sections; every notebook stands in one place, the course in its order, and no other page is named."
+    text = (ROOT / "nbs/sidebar.yml").read_text(encoding="utf-8")
+    first, *sections = re.split(r"^ *- section: ", text, flags=re.M)
+    pages = {s.split("\n")[0]: [n.removesuffix(".ipynb") for n in re.findall(r"[\w-]+\.ipynb", s)] for s in sections}
+    assert re.findall(r"[\w-]+\.ipynb", first) == ["index.ipynb"]
+    assert list(pages) == ["Course", *SECTIONS]
+    assert {title: pages[title] for title in SECTIONS} == SECTIONS
+    elsewhere = {"index"}.union(*SECTIONS.values())
+    assert pages["Course"] == sorted(p.stem for p in (ROOT / "nbs").glob("*.ipynb") if p.stem not in elsewhere)
     assert (ROOT / "nbs/_quarto.yml").resolve() == ROOT / "_quarto.yml"
