@@ -226,3 +226,17 @@ def test_sidebar():
     elsewhere = {"index"}.union(*SECTIONS.values())
     assert pages["Course"] == sorted(p.stem for p in (ROOT / "nbs").glob("*.ipynb") if p.stem not in elsewhere)
     assert (ROOT / "nbs/_quarto.yml").resolve() == ROOT / "_quarto.yml"
+
+
+def test_api_page():
+    "The API page lists the functions, classes and patched methods of every module, with the first line of each docstring."
+    page = ROOT / "nbs/api.ipynb"
+    shown = "".join("".join(o.get("data", {}).get("text/markdown", "")) for c in cells(page, "code") for o in c["outputs"])
+    rows = {title: set(re.findall(r"^\| \[`([^`]+)`\]\(\S+\) \| \S", part, re.M)) for title, part in re.findall(r"^## (\w+)\n(.*?)(?=^## |\Z)", shown, re.M | re.S)}
+    wanted = {}
+    for module in MODULES:
+        tree, names = ast.parse(module.read_text(encoding="utf-8")), wanted.setdefault(module.stem, set())
+        for name, node in ((n.name, n) for n in tree.body if isinstance(n, (ast.FunctionDef, ast.ClassDef)) and not n.name.startswith("_")):
+            patched = any("patch" in ast.unparse(d) for d in node.decorator_list)
+            names.add(f"{ast.unparse(node.args.args[0].annotation)}.{name}" if patched else name)
+    assert rows == wanted, "run nbs/api.ipynb again"
