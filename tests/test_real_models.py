@@ -90,7 +90,7 @@ def test_stimuli_and_dictionary_of_another_family(tmp_path):
     assert Z.shape[1] == mllm.d_model and list(seconds) == ["stimuli", "extract", "dictionary"]
 
 
-TINY = rm.SMALL._replace(n_pos=2, n_neg=2, chats=4, phrases=16, prompts=2, steps=4, rows=32, new_tokens=3)
+TINY = rm.SMALL._replace(n_pos=2, n_neg=2, chats=4, phrases=16, prompts=2, k=3, steps=4, rows=32, new_tokens=3)
 
 
 def tiny_tar(folder, pairs):
