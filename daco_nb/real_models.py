@@ -278,4 +278,4 @@ def walk(
     return Walked(kit, settings, rows, seconds)
 
 # %% ../nbs/13_real_models.ipynb #f79d8dc6
-SMALL = Plan(n_pos=3, n_neg=3, chats=16, phrases=48, prompts=6, k=8, steps=12, rows=64, batch_size=8, new_tokens=6)
+SMALL = Plan(n_pos=2, n_neg=2, chats=8, phrases=24, prompts=4, k=5, steps=8, rows=64, batch_size=8, new_tokens=4)

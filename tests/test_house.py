@@ -118,6 +118,31 @@ def test_outputs(notebook):
             assert not re.search(r"(?<![\w.])/(root|home|work|tmp|Users)/", text), text[:300]
 
 
+@pytest.mark.parametrize("notebook", sorted((ROOT / "nbs").glob("*.ipynb")), ids=lambda p: p.stem)
+def test_no_progress_bars(notebook):
+    "No progress bar is stored: it needs a kernel, and says 0 % without one."
+    for cell in cells(notebook, "code"):
+        for out in cell["outputs"]:
+            assert "application/vnd.jupyter.widget-view+json" not in out.get("data", {}), cell["source"][:200]
+            assert not re.search(r"\d%\||\dit/s|s/it\b", "".join(out.get("text", ""))), cell["source"][:200]
+
+
+LESSONS = [n for n in NOTEBOOKS if not n.stem.startswith("15")]  # 15_checks is a reference: it has nothing to predict
+PARTS = {"what you will learn": r"\*\*You will learn\b", "the time, in a paragraph of its own": r"(?<=\n\n)\*\*Time\*\*: .*\d+ minutes",
+         "what one should see": r"^## What you should see$", "exercises": r"^## Exercises$", "a recap": r"^## Recap$", "where to go next": r"^\*\*Next\*\*: "}
+
+
+@pytest.mark.parametrize("notebook", LESSONS, ids=lambda p: p.stem)
+def test_lesson(notebook):
+    "Every lesson says what it teaches and how long it takes, asks for a prediction, says what should be seen, practises, and sums up, in this order."
+    prose = "\n\n".join(c["source"] for c in cells(notebook, "markdown"))
+    found = {what: re.search(pattern, prose, re.M) for what, pattern in PARTS.items()}
+    assert all(found.values()), f"{notebook.name} lacks {', '.join(k for k, m in found.items() if not m)}"
+    places = [m.start() for m in found.values()]
+    assert places == sorted(places), f"{notebook.name}: the order is {', '.join(sorted(found, key=lambda k: found[k].start()))}"
+    assert re.search(r"^\*\*Predict\b.*\?", prose, re.M), f"{notebook.name} asks for no prediction"
+
+
 @each_module
 def test_nothing_is_unpickled(module):
     "No pickle, no torch.load without weights_only=True, no trust_remote_code=True, no allow_pickle=True."
@@ -187,8 +212,31 @@ def test_readme():
         assert "://" in link or (ROOT / link).exists(), f"README.md links to {link}"
 
 
+SECTIONS = {"Playground": ["10_playground"], "Results": ["11_benchmarks", "limits"], "Reference": ["api", "glossary", "15_checks"]}
+
+
 def test_sidebar():
-    "Every notebook is on the site's sidebar, and the sidebar names no other."
-    listed = set(re.findall(r"[\w-]+\.ipynb", (ROOT / "nbs/sidebar.yml").read_text()))
-    assert listed == {p.name for p in (ROOT / "nbs").glob("*.ipynb")}
+    "The site's sidebar has a first page and four sections; every notebook stands in one place, the course in its order, and no other page is named."
+    text = (ROOT / "nbs/sidebar.yml").read_text(encoding="utf-8")
+    first, *sections = re.split(r"^ *- section: ", text, flags=re.M)
+    pages = {s.split("\n")[0]: [n.removesuffix(".ipynb") for n in re.findall(r"[\w-]+\.ipynb", s)] for s in sections}
+    assert re.findall(r"[\w-]+\.ipynb", first) == ["index.ipynb"]
+    assert list(pages) == ["Course", *SECTIONS]
+    assert {title: pages[title] for title in SECTIONS} == SECTIONS
+    elsewhere = {"index"}.union(*SECTIONS.values())
+    assert pages["Course"] == sorted(p.stem for p in (ROOT / "nbs").glob("*.ipynb") if p.stem not in elsewhere)
     assert (ROOT / "nbs/_quarto.yml").resolve() == ROOT / "_quarto.yml"
+
+
+def test_api_page():
+    "The API page lists the functions, classes and patched methods of every module, with the first line of each docstring."
+    page = ROOT / "nbs/api.ipynb"
+    shown = "".join("".join(o.get("data", {}).get("text/markdown", "")) for c in cells(page, "code") for o in c["outputs"])
+    rows = {title: set(re.findall(r"^\| \[`([^`]+)`\]\(\S+\) \| \S", part, re.M)) for title, part in re.findall(r"^## (\w+)\n(.*?)(?=^## |\Z)", shown, re.M | re.S)}
+    wanted = {}
+    for module in MODULES:
+        tree, names = ast.parse(module.read_text(encoding="utf-8")), wanted.setdefault(module.stem, set())
+        for name, node in ((n.name, n) for n in tree.body if isinstance(n, (ast.FunctionDef, ast.ClassDef)) and not n.name.startswith("_")):
+            patched = any("patch" in ast.unparse(d) for d in node.decorator_list)
+            names.add(f"{ast.unparse(node.args.args[0].annotation)}.{name}" if patched else name)
+    assert rows == wanted, "run nbs/api.ipynb again"
