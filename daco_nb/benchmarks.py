@@ -44,11 +44,12 @@ from .stimuli import blocks, retrieve
 def race(
     *runners,         # functions without arguments
     rounds: int = 5,  # how often each runs
-    warm: bool = True # let each run once before the clock starts
+    warm: bool = True, # let each run once before the clock starts
+    rest: float = .3  # seconds before each run: for some time, idle threads of the one before keep a core busy
 ) -> np.ndarray:      # seconds `[rounds, runners]`
     "Time functions in turn, so that a slow moment of the machine hits all of them."
     def clock(f):
-        start = time.perf_counter(); f()
+        time.sleep(rest); start = time.perf_counter(); f()
         return time.perf_counter() - start
     if warm: [f() for f in runners]
     return np.array([[clock(f) for f in runners] for _ in range(rounds)])

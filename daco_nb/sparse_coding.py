@@ -60,7 +60,7 @@ def _gram(
     U: torch.Tensor # `[n, d]`
 ) -> torch.Tensor:  # `[n, n]`
     "All inner products of the rows."
-    return torch.from_numpy(U.numpy()@U.numpy().T) if U.device.type == 'cpu' else U@U.T
+    return U@U.T
 
 def _largest(
     X: torch.Tensor # `[b, n]`
