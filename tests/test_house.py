@@ -232,7 +232,7 @@ def test_api_page():
     "The API page lists the functions, classes and patched methods of every module, with the first line of each docstring."
     page = ROOT / "nbs/api.ipynb"
     shown = "".join("".join(o.get("data", {}).get("text/markdown", "")) for c in cells(page, "code") for o in c["outputs"])
-    rows = {title: set(re.findall(r"^\| \[`([^`]+)`\]\(\S+\) \| \S", part, re.M)) for title, part in re.findall(r"^## (\w+)\n(.*?)(?=^## |\Z)", shown, re.M | re.S)}
+    rows = {title: set(re.findall(r"^\| \[<code>([^<]+)</code>\]\(\S+\) \| \S", part, re.M)) for title, part in re.findall(r"^## (\w+)\n(.*?)(?=^## |\Z)", shown, re.M | re.S)}
     wanted = {}
     for module in MODULES:
         tree, names = ast.parse(module.read_text(encoding="utf-8")), wanted.setdefault(module.stem, set())
