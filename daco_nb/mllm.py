@@ -70,7 +70,7 @@ class MLLM:
         self.tokenizer = processor.tokenizer
         self.tokenizer.padding_side = 'left'
         self.system = None # system message used when a call gives none
-        self._roles, self._start, self._ids = None, 0, None
+        self._roles, self._start, self._ids, self._at = None, 0, None, None
 
     @property
     def layers(self) -> torch.nn.ModuleList: "The decoder layers, in order."; return self.model.model.language_model.layers
@@ -266,11 +266,12 @@ def intervene(self:MLLM,
     def start(module, args, kwargs):
         cache = kwargs.get('past_key_values')
         self._start = cache.get_seq_length() if cache is not None else 0
-        self._ids = kwargs.get('input_ids')
+        self._ids, self._at = kwargs.get('input_ids'), None
     def write(edit):
         def hook(module, args, out):
             hidden = out[0] if isinstance(out, tuple) else out
-            new = edit(hidden, self._where(hidden.shape[1])).to(hidden.dtype)
+            self._at = self._at or self._where(hidden.shape[1]) # once per forward pass
+            new = edit(hidden, self._at).to(hidden.dtype)
             return (new, *out[1:]) if isinstance(out, tuple) else new
         return hook
     handles = [self.model.register_forward_pre_hook(start, with_kwargs=True)]

@@ -94,7 +94,7 @@ def get_kit(
     whole = (folder/'kit'/'harm.safetensors').exists() # written last
     if not (whole and (folder/'settings.json').exists()):
         kit = load_kit(folder/'kit') if whole else build_kit(mllm, folder)
-        write_text(folder/'settings.json', json.dumps(tune(mllm, kit, OfflineJudge())))
+        write_text(folder/'settings.json', json.dumps(finite(tune(mllm, kit, OfflineJudge())), allow_nan=False))
     return load_kit(folder/'kit'), json.loads((folder/'settings.json').read_text())['settings']
 
 # %% ../nbs/14_quickstart.ipynb #5e74c3a1

@@ -33,7 +33,9 @@ def watched(
     def watch(layer, edit):
         def run(hidden, where):
             new = edit(hidden, where).to(hidden.dtype)
-            bad = ~torch.isfinite(new).all(-1) & (where.roles != PAD)
+            finite = torch.isfinite(new)
+            if finite.all(): return new # as nearly always: every operation counts, once per token
+            bad = ~finite.all(-1) & (where.roles != PAD)
             if not bad.any(): return new
             row, token = bad.nonzero()[0].tolist()
             raise FloatingPointError(f'{name} made the output of layer {layer} NaN or infinite at token {where.start + token} of prompt {row} of the batch '
@@ -62,7 +64,7 @@ def positions(
     roles: tuple   # role codes to write
 ) -> torch.Tensor: # bool `[batch, tokens]`
     "Positions whose role is among `roles`."
-    return torch.isin(where.roles, torch.tensor(roles, device=where.roles.device))
+    return functools.reduce(torch.logical_or, [where.roles == r for r in roles]) # a third faster than `isin` for one token
 
 # %% ../nbs/08_steering.ipynb #aedfee77
 @dataclass

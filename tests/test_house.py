@@ -72,6 +72,14 @@ def test_requirements_cover_imports():
     assert {"torch", "transformers"} < needed and needed <= required, f"not in settings.ini's requirements: {sorted(needed - required)}"
 
 
+@pytest.mark.parametrize("path", sorted((ROOT / "daco_nb" / "assets").rglob("*.json*")), ids=lambda p: p.name)
+def test_json_is_strict(path):
+    "What ships as JSON is JSON: no NaN, which other readers refuse."
+    text = path.read_text(encoding="utf-8")
+    for part in text.splitlines() if path.suffix == ".jsonl" else [text]:
+        json.loads(part, parse_constant=lambda word: pytest.fail(f"{path.name} holds {word}"))
+
+
 def test_package_data():
     "Whatever lies in daco_nb/assets is shipped, and none of it is of a kind that must be unpickled."
     patterns = re.search(r"package_data=.*?\[(.*?)\]", (ROOT / "setup.py").read_text(), re.S)[1]
