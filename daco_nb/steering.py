@@ -64,7 +64,7 @@ def positions(
     roles: tuple   # role codes to write
 ) -> torch.Tensor: # bool `[batch, tokens]`
     "Positions whose role is among `roles`."
-    return functools.reduce(torch.logical_or, [where.roles == r for r in roles]) # a third faster than `isin` for one token
+    return torch.isin(where.roles, torch.tensor(roles, device=where.roles.device))
 
 # %% ../nbs/08_steering.ipynb #aedfee77
 @dataclass
