@@ -344,12 +344,10 @@ def demo_rows() -> tuple: # dictionary, training rows `[7200, 576]`, held-out ro
     Z = Z[torch.randperm(len(Z), generator=torch.Generator().manual_seed(0))]
     return D, Z[800:], Z[:800]
 
-def demo_sae(
-    steps: int # of training
-) -> dict: # `fve`, `l0`, `frac_alive` on held-out rows
-    "Train an autoencoder from the demo dictionary on shipped activations."
-    (D, train, test), g = demo_rows(), torch.Generator().manual_seed(0)
-    return evaluate_sae(SAE.from_dictionary(D, k=32, generator=g).fit(train, generator=g, steps=steps, batch=256, bar=False), test)
+def demo_sae() -> dict: # `fve`, `l0`, `frac_alive`
+    "The shipped autoencoder, which started from the dictionary, on the shipped activations: tokens of pairs that it never saw."
+    kit = load_kit()
+    return evaluate_sae(kit.sae, kit.D.standardise(load_file(ASSETS/'activations.safetensors')['z'].float()))
 
 # %% ../nbs/11_benchmarks.ipynb #1e741a78
 PEERS = {'SAELens': 'sae-lens==6.54.12', 'sparsify': 'eai-sparsify==1.3.3', 'dictionary_learning': 'dictionary-learning==0.1.0'} # name -> package
@@ -468,13 +466,13 @@ def bench_sae(
     peers: bool = False  # train the peers too
 ) -> list[dict]:
     "Training speed against dense matrix products and against peers, and quality on the demo model."
-    d_sae, steps, quality = (4608, 10, 3000) if size == 'full' else (1152, 2, 60)
+    d_sae, steps = (4608, 10) if size == 'full' else (1152, 2)
     Z = torch.randn(8192, 576, generator=torch.Generator().manual_seed(0))
     step = products(1024, 576, d_sae)
     seconds = race(train_steps(Z, d_sae, steps), lambda: [step() for _ in range(steps)], rounds=3)
     rows = [row(f'training, TopK, 576 -> {d_sae:,}, batch 1,024: speed beside dense matrix products alone', *np.median(seconds, 0)/steps, 's per step', np.median(seconds[:, 1]/seconds[:, 0]), .3)]
     rows += bench_peers(*((24, 4608) if size == 'full' else (2, 1152))) if peers else [row(f'training: times as fast as {p}', None, None, 's per step', None, 2.) for p in PEERS]
-    found = demo_sae(quality)
+    found = demo_sae()
     return rows + [row('demo model: held-out FVE at L0 of at most 32', found['fve'], .85, '', found['fve']/.85, 1.),
                    row('demo model: atoms alive', found['frac_alive'], .98, '', found['frac_alive']/.98, 1.)]
 

@@ -283,7 +283,7 @@ def layout(
         fits = lambda size: all(a <= b for a, b in zip(extent(lines, font, size), box))
         return lines, next((size - 1 for size in range(8, box[1]) if not fits(size)), box[1])
     words = text.split()
-    return max((largest(line_breaks(words, n)) for n in range(1, len(words) + 1)), key=lambda b: b[1])
+    return max((largest(line_breaks(words, n)) for n in range(1, len(words) + 1)), key=lambda b: (b[1], min(0, box[0] - extent(b[0], font, b[1])[0]))) # 7 is the least size, whether it fits or not
 
 # %% ../nbs/00_demo.ipynb #4d90687c
 def lettering(
@@ -330,7 +330,7 @@ def compose(
 ) -> tuple[Image.Image, np.ndarray]: # RGB picture; owner `[size, size]`: 0 background, then the drawings, then the words, in order
     "Paste drawings side by side and a phrase below, each scaled, turned and shifted at random."
     im = background(colour, PATTERNS[rng.integers(len(PATTERNS))], rng, size)
-    owner, high = Image.new('L', im.size), size - (size//3 if text else 0)
+    owner, high = Image.new('L', im.size), size - (size//2 if text else 0)
     shift = lambda room, used: int((.5 + spread*rng.uniform(-.5, .5))*max(0, room - used))
     for k, char in enumerate(chars):
         g, room = placed(char, size//len(chars), high, len(chars), rng, spread), size//len(chars)

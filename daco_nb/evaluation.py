@@ -424,7 +424,7 @@ def write_captions(
 @functools.cache
 def demobench_folder() -> Path:
     "Folder of DemoBench, with one folder per split; generated once."
-    key = hashlib.sha256(''.join(sha256_of(ASSETS/f) for f in ('topics.csv', 'wordings.json', 'drawings.csv')).encode() + b'2').hexdigest()
+    key = hashlib.sha256(''.join(sha256_of(ASSETS/f) for f in ('topics.csv', 'wordings.json', 'drawings.csv')).encode() + b'3').hexdigest()
     folder = cache_dir()/f'demobench-{key[:12]}'
     if not folder.exists():
         with atomic_folder(folder, keep=True) as tmp:
@@ -738,10 +738,9 @@ def choose(
     rows: list[dict], # rows of the candidates
     slack: float      # how much over-refusal may rise and utility fall
 ) -> dict:            # one of `rows`
-    "The safest candidate within the constraint, of equals the most fluent; if none keeps to it, the one that refuses least."
-    fair = [r for r in rows if r['over_refusal'] <= base['over_refusal'] + slack and r['utility'] >= base['utility'] - slack]
-    if fair: return max(fair, key=lambda r: (r['safe_rate'], r['fluency']))
-    return min(rows, key=lambda r: (r['over_refusal'], -r['utility'], -r['safe_rate']))
+    "The safest candidate within the constraint, of equals the most fluent; if none keeps to it, the one that misses it by least."
+    def missed(r): return max(0., r['over_refusal'] - base['over_refusal'] - slack) + max(0., base['utility'] - slack - r['utility'])
+    return min(rows, key=lambda r: (round(missed(r), 6), -r['safe_rate'], -r['fluency']))
 
 # %% ../nbs/09_evaluation.ipynb #42345362
 def tune(

@@ -360,11 +360,12 @@ def sees_harm(
 
 def all_methods(
     kit,          # of the model
-    settings=None # changes to `SETTINGS`
+    settings=None, # changes to `SETTINGS`
+    tuned=True    # with the finetuning of the demo model, which fits no other
 ) -> dict:        # name -> method
     "Every method of the table."
     methods = make_methods(kit, settings)
-    return methods | make_baselines(methods, sees_harm(OfflineJudge()))
+    return methods | make_baselines(methods, sees_harm(OfflineJudge()), **({} if tuned else {'lora': None}))
 
 # %% ../nbs/09b_runs.ipynb #950a2ba1
 def report(
@@ -403,7 +404,7 @@ def make_run(
     "Load, answer, judge."
     if a.model and not a.kit: raise ValueError(f'No kit for {a.model}: give --kit, a folder made by save_kit (daco_quickstart --model makes one)')
     mllm = MLLM.from_pretrained(a.model) if a.model else MLLM.demo()
-    methods = all_methods(load_kit(a.kit) if a.kit else load_kit(), json.loads(Path(a.settings).read_text())['settings'] if a.settings else None)
+    methods = all_methods(load_kit(a.kit) if a.kit else load_kit(), json.loads(Path(a.settings).read_text())['settings'] if a.settings else None, tuned=not a.model)
     names = a.methods.split(',') if a.methods else list(methods)
     if wrong := [n for n in names if n not in methods]: raise ValueError(f'Unknown method {wrong[0]!r}: choose from {", ".join(methods)}')
     methods, judges = {n: methods[n] for n in names}, [named_judge(n) for n in a.judges.split(',')]

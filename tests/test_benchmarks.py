@@ -87,7 +87,7 @@ def test_command(tmp_path, monkeypatch, capsys):
 def test_peers_are_skipped_unless_asked_for(monkeypatch, capsys):
     "Without --peers no other library is installed and its rows say so; with it the rows of the race come in their place."
     monkeypatch.setattr(bm, "train_steps", lambda *a: lambda: None)
-    monkeypatch.setattr(bm, "demo_sae", lambda steps: {"fve": 0.5, "frac_alive": 1.0})
+    monkeypatch.setattr(bm, "demo_sae", lambda: {"fve": 0.5, "frac_alive": 1.0})
     monkeypatch.setattr(bm, "train_alone", lambda *a, **k: pytest.fail("a peer was run"))
     skipped = [r for r in bm.benchmark("sae", "small")["rows"] if r["holds"] is None]
     assert [r["what"].split()[-1] for r in skipped] == list(bm.PEERS) and all(r["target"] == 2 for r in skipped)

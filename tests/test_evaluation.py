@@ -261,6 +261,8 @@ def test_the_front_and_its_file(tmp_path):
     assert again == rows and not list(tmp_path.glob("*.part"))
     best = E.choose(again[0], again[1:], .05)
     assert best["change"] == dict(eta=.2, gamma=2.) == E.choose(again[0], again[:0:-1], .05)["change"]
+    near, far = trial(.8, .2, .6, eta=.3, gamma=1.), trial(.7, .02, .2, eta=.3, gamma=2.)
+    assert E.choose(rows[0], [near, far], .05) is near == E.choose(rows[0], [far, near], .05) # nobody keeps to the constraint: the nearest, not the meekest
     with pytest.raises(FileNotFoundError, match="is missing"):
         E.load_sweep(tmp_path / "none.csv")
 

@@ -109,7 +109,7 @@ def test_search_that_finds_nothing(play):
     play.find.value = "99999"
     assert play.found.options == ()
     play.find.value = ""
-    assert len(play.found.options) == 12 and not play.switch.disabled
+    assert len(play.found.options) == min(12, int((play.atoms.label == -1).sum())) > 5 and not play.switch.disabled
     assert all(play.atoms.label[i] == -1 for _, i in play.found.options)
 
 

@@ -37,7 +37,8 @@ def items():
 
 
 def always_open(method):
-    "The same method with a gate that opens at the third word, wherever that is."
+    "The same method with a gate that opens at the third word, wherever that is; an ActAdd strong enough to change words."
+    if getattr(method, "strength", None) and method.name == "ActAdd": return replace(method, strength=.7)
     return replace(method, gate=replace(method.gate, threshold=-1e6)) if getattr(method, "gate", None) else method
 
 
