@@ -41,6 +41,7 @@ def sae_data(
     rows = lambda side: [D.standardise(shard.tokens(D.layer)[0]) for s in stores for shard in parted(s)[side]]
     return tuple(torch.cat(x) if x else torch.zeros(0, len(D.mean)) for x in (rows(0), rows(1)))
 
+# %% ../nbs/14_quickstart.ipynb #e59cd9be
 def fit_sae(
     D: ConceptDictionary, # initialises the decoder
     Z: torch.Tensor,      # standardised activations

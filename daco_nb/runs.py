@@ -359,9 +359,9 @@ def sees_harm(
     return harmful
 
 def all_methods(
-    kit,          # of the model
+    kit,           # of the model
     settings=None, # changes to `SETTINGS`
-    tuned=True    # with the finetuning of the demo model, which fits no other
+    tuned=True     # with the finetuning of the demo model, which fits no other
 ) -> dict:        # name -> method
     "Every method of the table."
     methods = make_methods(kit, settings)
