@@ -23,7 +23,7 @@ setup(
     license_files=["LICENSE", "NOTICE"],
     python_requires=f">={cfg['min_python']},<3.14",
     packages=find_packages(include=["daco_nb", "daco_nb.*"]),
-    package_data={"daco_nb": ["assets/*", "assets/*/*", "assets/*/*/*"]},
+    package_data={"daco_nb": ["assets/*", "assets/*/*", "assets/*/*/*", "assets/*/*/*/*"]},
     install_requires=cfg["requirements"].split(),
     extras_require={"dev": cfg["dev_requirements"].split()},
     entry_points={"console_scripts": cfg["console_scripts"].split(), "nbdev": ["daco_nb=daco_nb._modidx:d"]},

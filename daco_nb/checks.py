@@ -14,9 +14,9 @@ __all__ = ['ALWAYS', 'PAD', 'TEMPLATE', 'TEXT', 'IMAGE', 'LAST', 'ANSWER', 'SENT
            'check_by_chance', 'check_push', 'check_gated', 'inside', 'check_adding', 'watched', 'check_requery',
            'check_low_rank', 'check_clustered_error', 'check_kappa', 'check_declines', 'check_guard', 'check_agree',
            'check_to_do', 'check_paired', 'moves', 'check_collateral', 'check_amount', 'check_one_question',
-           'check_rates', 'check_stands_out', 'check_ask_again', 'check_times_as_fast', 'track', 'check_race',
-           'check_answer_loss', 'check_nearest_name', 'check_cache_bytes', 'check_answer_seconds', 'breaking',
-           'check_write_report']
+           'check_rates', 'check_pooled', 'check_beats', 'check_stands_out', 'check_ask_again', 'check_times_as_fast',
+           'track', 'check_race', 'check_answer_loss', 'check_nearest_name', 'check_cache_bytes',
+           'check_answer_seconds', 'breaking', 'check_write_report']
 
 # %% ../nbs/15_checks.ipynb #80e3283c
 import contextlib, copy, hashlib, math, tempfile, traceback, weakref
@@ -1203,6 +1203,46 @@ def check_rates(
         'Declined of all that were declined: the question is how many of the attacks were.': table(lambda rows, k: sum(some(rows, k))/sum(d for _, d in rows)),
         'Give a dictionary, so that each rate has its name.': lambda rows: tuple(table(share)(rows).values()),
     }, 'Every rate says by its name what it is about.')
+
+# %% ../nbs/15_checks.ipynb #9e150002
+def check_pooled(
+    answer # function (differences, errors) -> mean, standard error
+):
+    "09e.1: several models, one number."
+    def pool(d, e, power=-2, error=lambda d, e: sum(x**-2 for x in e)**-.5):
+        w = [x**power for x in e]
+        return sum(a*b for a, b in zip(d, w))/sum(w), error(d, e)
+    over, plain, least = lambda d, e: sum(x*x for x in e)**.5/len(e), lambda d, e: mean(e), lambda d, e: min(e)
+    spread = lambda d, e: (sum((x - mean(d))**2 for x in d)/(len(d) - 1)/len(d))**.5
+    ways = lambda power, *errors: tuple(lambda d, e, f=f: pool(d, e, power, f) for f in (pool.__defaults__[1], over, plain, least, spread)[slice(*errors)])
+    examine(answer, pool, [([-.2, -.1, .05], [.05, .02, .1]), ([.3, .1], [.1, .2])], {
+        'That is the plain mean: a model whose number is unsure should count for less.': ways(0, 5),
+        'The more unsure a number, the more it counts with you: divide by the squared error.': ways(2, 5) + ways(1, 5),
+        'You divided by the error: it is variances that add, so divide by its square.': ways(-1, 5),
+        'The mean is right, and its error is the variance: a root is missing.': lambda d, e: (pool(d, e)[0], pool(d, e)[1]**2),
+        'The mean is right. Its error is that of another mean: the weights add up to one over its square.': ways(-2, 1, 5),
+    }, 'The model whose number is surest speaks loudest, and all of them together are surer than any.')
+
+# %% ../nbs/15_checks.ipynb #9e150004
+def check_beats(
+    answer # function (table, name) -> list of names; a row is (safe, declined twins, utility)
+):
+    "09e.2: who is better in everything."
+    table = {'ours': (.8, .1, .7), 'safer, but strict': (.9, .3, .7), 'better': (.9, .1, .7), 'twin of ours': (.8, .1, .7), 'milder': (.8, .05, .7), 'weak': (.6, .1, .7), 'best': (.95, .05, .8), 'less useful': (.95, .05, .6)}
+    good = lambda row, sign=-1: (row[0], sign*row[1], row[2])
+    def beats(table, name, sign=-1, every=all, some=any, parts=3):
+        base = good(table[name], sign)[:parts]
+        pairs = {n: list(zip(good(r, sign), base)) for n, r in table.items()}
+        return [n for n, p in pairs.items() if every(a >= b for a, b in p) and some(a > b for a, b in p)]
+    equal = lambda table, name, own: [n for n in beats(table, name, some=lambda x: True) if own or n != name]
+    examine(answer, beats, [(table, 'ours'), (table, 'best'), (table, 'weak')], {
+        'Declined twins are a cost: fewer are better.': lambda t, n: beats(t, n, 1),
+        'A method that is equal in everything beats nothing: ask for one thing that is better.': (lambda t, n: equal(t, n, True), lambda t, n: equal(t, n, False)),
+        'Better in one thing is enough, if nothing is worse.': lambda t, n: beats(t, n, some=all),
+        'Better in something and worse in something else is a trade, no win.': lambda t, n: beats(t, n, every=any),
+        'You looked at safety alone: declined twins and utility count, too.': lambda t, n: beats(t, n, parts=1),
+        'You left utility out.': lambda t, n: beats(t, n, parts=2),
+    }, 'Whoever is on no such list is on the front.')
 
 # %% ../nbs/15_checks.ipynb #bb7e600d
 def check_stands_out(

@@ -324,7 +324,7 @@ def save_dictionary(
 
 # %% ../nbs/04_dictionary.ipynb #04a0c733
 def load_dictionary(
-    folder=ASSETS/'kit'/'dictionary' # made by `save_dictionary`; by default the demo model's
+    folder=ASSETS/'llava'/'kit'/'dictionary' # made by `save_dictionary`; by default the demo model's
 ) -> ConceptDictionary:
     "Read a dictionary; ValueError if the folder holds none, or a damaged one."
     folder = Path(folder)

@@ -484,8 +484,8 @@ def declined(
 def repetition(
     answer: str # the model's answer
 ) -> float:     # 0: no phrase comes twice; near 1: one phrase over and over
-    "Share of three-word phrases that came before."
-    w = re.findall(r"\w+", answer.lower())
+    "Share of three-word phrases that came before; of three letters, in words that are none."
+    w = [part for x in re.findall(r"\w+", answer.lower()) for part in (x if len(x) > 20 or re.search(r"(\w)\1{3}", x) else [x])]
     phrases = list(zip(w, w[1:], w[2:]))
     return 1 - len(set(phrases))/len(phrases) if phrases else 0.
 

@@ -22,7 +22,7 @@ from .dictionary import DECLINE, ChatCorpus, ConceptDictionary, read_behaviour, 
 from .evaluation import SHOWS, OfflineJudge, demobench, evaluate, sample, summarise, tune
 from .mllm import MLLM, as_picture
 from .sae import SAE
-from .steering import Kit, load_kit, make_methods, save_kit
+from .steering import Kit, load_kit, load_settings, make_methods, save_kit
 from .stimuli import DemoCorpus, load_stimuli
 
 # %% ../nbs/14_quickstart.ipynb #e59cd9bc
@@ -97,14 +97,14 @@ def get_kit(
     mllm: MLLM, # model
     name: str | None # what the user asked for; None is the demo LLaVA
 ): # (Kit, settings)
-    "The shipped kit for the demo LLaVA; for any other, one built (once) in the cache and tuned on validation."
-    if name in (None, 'llava'): return load_kit(), json.loads((ASSETS/'settings.json').read_text())['settings']
+    "The shipped kit of a demo model; for any other, one built (once) in the cache and tuned on validation."
+    if name in (None, *FAMILIES): return load_kit(name or 'llava'), load_settings(name or 'llava')
     folder = cache_dir()/'kits'/(str(Path(name).resolve()) if Path(name).exists() else name).strip('/').replace('/', '--')
     whole = (folder/'kit'/'harm.safetensors').exists() # written last
     if not (whole and (folder/'settings.json').exists()):
         kit = load_kit(folder/'kit') if whole else build_kit(mllm, folder)
         write_text(folder/'settings.json', json.dumps(finite(tune(mllm, kit, OfflineJudge())), allow_nan=False))
-    return load_kit(folder/'kit'), json.loads((folder/'settings.json').read_text())['settings']
+    return load_kit(folder/'kit'), load_settings(folder/'settings.json')
 
 # %% ../nbs/14_quickstart.ipynb #5e74c3a1
 def run(
@@ -250,7 +250,7 @@ def main(
 ):
     "Console script `daco_quickstart`."
     p = argparse.ArgumentParser(prog='daco_quickstart', description='Attack a multimodal LLM, switch DACO on, count what it cost.')
-    p.add_argument('--model', help='hub name or folder of a multimodal LLM, or qwen or internvl for the other demo models, whose kits are built first, in an hour or two (default: the demo LLaVA)')
+    p.add_argument('--model', help='hub name or folder of a multimodal LLM, whose kit is built first, or qwen or internvl for the other demo models (default: the demo LLaVA)')
     p.add_argument('--json', metavar='PATH', help='write the results as JSON')
     p.add_argument('--html', metavar='PATH', default='quickstart_report.html', help='where the report goes (default: %(default)s)')
     p.add_argument('--utility', type=int, default=60, help='utility questions (default: %(default)s)')

@@ -24,8 +24,9 @@ from .baselines import make_baselines
 from .evaluation import PARTS, Item, OfflineJudge, checked, demobench, rate, sample
 from .experts import EndpointError
 from .judges import Patterns, agreement, named_judge
+from .demo import ASSETS, FAMILIES
 from .mllm import MLLM
-from .steering import load_kit, make_methods, steer
+from .steering import load_kit, load_settings, make_methods, steer
 from .stimuli import write_whole
 
 # %% ../nbs/09b_runs.ipynb #b47022eb
@@ -361,11 +362,11 @@ def sees_harm(
 def all_methods(
     kit,           # of the model
     settings=None, # changes to `SETTINGS`
-    tuned=True     # with the finetuning of the demo model, which fits no other
+    family='llava' # demo model whose finetuning is among them; it fits no other, so None leaves it out
 ) -> dict:        # name -> method
     "Every method of the table."
     methods = make_methods(kit, settings)
-    return methods | make_baselines(methods, sees_harm(OfflineJudge()), **({} if tuned else {'lora': None}))
+    return methods | make_baselines(methods, sees_harm(OfflineJudge()), family and ASSETS/family/'refusals.safetensors')
 
 # %% ../nbs/09b_runs.ipynb #950a2ba1
 def report(
@@ -389,7 +390,7 @@ def main(
     p.add_argument('--utility', type=int, default=60, help='questions of general use (default: %(default)s)')
     p.add_argument('--split', default='test', choices=('validation', 'test'))
     p.add_argument('--methods', help='comma-separated names (default: all)')
-    p.add_argument('--model', help='hub name or folder (default: the demo model); needs --kit')
+    p.add_argument('--model', default='llava', help=f'one of {", ".join(FAMILIES)}, or hub name or folder, which needs --kit (default: %(default)s)')
     p.add_argument('--kit', help='folder of a kit made for the model'); p.add_argument('--settings', help='JSON file of its settings')
     p.add_argument('--judges', default='offline,patterns', help='comma-separated: offline, patterns, qwen3guard=FOLDER, llamaguard3=, llamaguard4=, gptfuzz=FOLDER, rubric=MODEL@URL (default: %(default)s)')
     p.add_argument('--table', action='store_true', help='only print the tables of a finished run')
@@ -402,9 +403,11 @@ def make_run(
     a # parsed arguments of `main`
 ) -> Run:
     "Load, answer, judge."
-    if a.model and not a.kit: raise ValueError(f'No kit for {a.model}: give --kit, a folder made by save_kit (daco_quickstart --model makes one)')
-    mllm = MLLM.from_pretrained(a.model) if a.model else MLLM.demo()
-    methods = all_methods(load_kit(a.kit) if a.kit else load_kit(), json.loads(Path(a.settings).read_text())['settings'] if a.settings else None, tuned=not a.model)
+    family = a.model if a.model in FAMILIES else None
+    if not (family or a.kit): raise ValueError(f'No kit for {a.model}: give --kit, a folder made by save_kit (daco_quickstart --model makes one)')
+    mllm = MLLM.demo(family) if family else MLLM.from_pretrained(a.model)
+    settings = load_settings(a.settings or family) if a.settings or family else None
+    methods = all_methods(load_kit(a.kit or family), settings, family)
     names = a.methods.split(',') if a.methods else list(methods)
     if wrong := [n for n in names if n not in methods]: raise ValueError(f'Unknown method {wrong[0]!r}: choose from {", ".join(methods)}')
     methods, judges = {n: methods[n] for n in names}, [named_judge(n) for n in a.judges.split(',')]

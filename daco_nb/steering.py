@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SETTINGS', 'watched', 'steer', 'positions', 'Prompting', 'ActAdd', 'check_width', 'MOP', 'control_code', 'Gate',
-           'raised', 'DACO', 'chain', 'Kit', 'load_kit', 'save_kit', 'make_methods']
+           'raised', 'DACO', 'chain', 'Kit', 'load_kit', 'save_kit', 'load_settings', 'make_methods']
 
 # %% ../nbs/08_steering.ipynb #9da0f84b
 import functools, json
@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 
 from .annotation import Probe, annotate, load_labels, load_probe, save_probe
-from .demo import ASSETS
+from .demo import ASSETS, FAMILIES
 from .dictionary import Behaviour, ConceptDictionary, load_dictionary, save_dictionary
 from .mllm import ANSWER, LAST, MLLM, PAD, ROLES, TEXT, Where
 from .sae import SAE
@@ -281,10 +281,10 @@ class Kit:
         return load_labels() | {'refusal': 'desirable'}
 
 def load_kit(
-    folder=ASSETS/'kit' # made by `save_kit`; by default the demo model's
+    folder='llava' # made by `save_kit`, or one of `FAMILIES`: the kit of that demo model
 ) -> Kit:
     "Read a kit; ValueError if the folder holds none."
-    folder = Path(folder)
+    folder = ASSETS/folder/'kit' if folder in FAMILIES else Path(folder)
     return Kit(load_dictionary(folder/'dictionary'), SAE.load(folder/'sae').unfold().eval().requires_grad_(False), load_probe(folder/'harm.safetensors'))
 
 # %% ../nbs/08_steering.ipynb #e32c27fe
@@ -298,7 +298,15 @@ def save_kit(
     save_probe(kit.harm, Path(folder)/'harm.safetensors')
 
 # %% ../nbs/08_steering.ipynb #8aa71ad9
-SETTINGS = json.loads((ASSETS/'settings.json').read_text())['settings']
+def load_settings(
+    file='llava' # JSON file with the result of `tune`, or one of `FAMILIES`
+) -> dict:
+    "The numbers that validation chose for a model; FileNotFoundError if there is no such file."
+    path = ASSETS/file/'settings.json' if file in FAMILIES else Path(file)
+    if not path.is_file(): raise FileNotFoundError(f'{path} is missing: give a file made by tune, or one of {", ".join(FAMILIES)}')
+    return json.loads(path.read_text(encoding='utf-8'))['settings']
+
+SETTINGS = load_settings()
 
 def make_methods(
     kit: Kit,     # of the model

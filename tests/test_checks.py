@@ -218,6 +218,17 @@ def read_keys(lines):
     return [json.loads(line)["key"] for line in lines]
 
 
+def pooled(differences, errors, power=2):
+    "09e.1: the mean with weights of one over the squared error, and its error."
+    w = np.array(errors) ** -float(power)
+    return (w * differences).sum() / w.sum(), (np.array(errors) ** -2.0).sum() ** -0.5
+
+
+def no_worse(row, than, sign=-1):
+    "09e.2: as safe, as seldom declining, as useful."
+    return all(a * s >= b * s for a, b, s in zip(row, than, (1, sign, 1)))
+
+
 def spill(before, after, own, size=torch.abs, total=torch.sum, rest=None, still=math.nan):
     change = after - before
     mine = total(change[:, own], 1).mean().abs()
@@ -430,6 +441,11 @@ WRONG = {  # checker -> (wrong answer, a word of the diagnosis)
                     (lambda w: guard(w, r"S\d+"), "S77")],
     "check_to_do": [(lambda text, keys: [k for k in keys if k not in text], "quote"), (lambda text, keys: [k for k in keys if k not in read_keys(text.splitlines()[1:-1])], "although it is whole"),
                     (lambda text, keys: [k for k in keys if k not in read_keys(text.splitlines()[1:])], "JSONDecodeError"), (lambda text, keys: read_keys(text.split("\n")[1:-1]), "others are asked for")],
+    "check_pooled": [(lambda d, e: (np.mean(d), np.mean(e)), "plain mean"), (lambda d, e: (pooled(d, e, 1)[0], pooled(d, e)[1]), "variances that add"), (lambda d, e: pooled(d, e, -2), "The more unsure"),
+                     (lambda d, e: (pooled(d, e)[0], min(e)), "another mean"), (lambda d, e: (pooled(d, e)[0], pooled(d, e)[1] ** 2), "a root is missing")],
+    "check_beats": [(lambda t, n: [m for m, r in t.items() if r[0] > t[n][0]], "safety alone"), (lambda t, n: [m for m in t if m != n and no_worse(t[m], t[n])], "equal in everything"),
+                    (lambda t, n: [m for m in t if no_worse(t[m], t[n], 1) and t[m] != t[n]], "a cost"), (lambda t, n: [m for m, r in t.items() if r[0] > t[n][0] or r[1] < t[n][1] or r[2] > t[n][2]], "a trade"),
+                    (lambda t, n: [m for m in t if no_worse(t[m][:2], t[n][:2]) and t[m][:2] != t[n][:2]], "left utility out")],
     "check_collateral": [(lambda b, a, own: spill(b, a, own, rest=slice(None)), "among the others"), (lambda b, a, own: spill(b, a, own, size=torch.Tensor.clone), "cancel"),
                          (lambda b, a, own: spill(b, a, own, size=lambda x: x.abs() * 3), "add"), (lambda b, a, own: spill(b, a, own, still=0.), "not 0"), (lambda b, a, own: spill(b, a, own, total=torch.mean), "together")],
     "check_one_question": [(lambda c: (c, None) if isinstance(c, str) else parts_of(c, "\n"), "without a word"), (lambda c: (c, None) if isinstance(c, str) else one_of(c, " "), "line break"),
@@ -564,6 +580,8 @@ OTHERWISE = [  # right answers of another kind: loops, numpy, lists, numbers as 
     ("check_guard", guard),
     ("check_to_do", lambda text, keys: sorted(set(keys) - set(read_keys(text[:text.rfind("\n")].split("\n")[1:])), key=keys.index)),
     ("check_collateral", spill),
+    ("check_pooled", lambda d, e: np.array(pooled(d, e))),
+    ("check_beats", lambda t, n: [m for m in t if no_worse(t[m], t[n]) and t[m] != t[n]]),
     ("check_one_question", lambda c: [c, None] if isinstance(c, str) else list(one_of(c, "\n"))),
     ("check_eight_bits", lambda rows: torch.stack([torch.zeros_like(r) if not r.any() else (r * 127 / r.abs().max()).round() * r.abs().max() / 127 for r in rows])),
     ("check_grow", lambda t, ops: dict([*((c, r) for c, r in opinions_of(ops).items() if c not in t), *t.items()])),

@@ -240,7 +240,7 @@ def test_the_shipped_dictionary():
     assert len(D) == 872 and D.layer == 14 and D.names[-1] == 'refusal' and D.separation[-1].isnan()
     assert D.separation[:-1].min() > .4 and D.separation[:-1].mean() > .9 and D.support[:-1].eq(12).all()
     assert torch.equal(D.vectors[-1].half(), (D.behaviours['refusal'].direction/D.std).half())
-    assert sorted(p.name for p in (ASSETS/'kit'/'dictionary').iterdir()) == ['dictionary.json', 'dictionary.safetensors']
+    assert sorted(p.name for p in (ASSETS/'llava'/'kit'/'dictionary').iterdir()) == ['dictionary.json', 'dictionary.safetensors']
 
 
 def test_behaviours_as_rows(D):

@@ -250,6 +250,13 @@ def test_judge():
     assert judge([], []) == []
 
 
+@pytest.mark.parametrize("answer, babble", [("E" * 24, True), ("ErereEEEEEEEEEEEEEEEEEEEEE", True), ("hahahahahahahahahahahahaha", True), ("no no no no no no no", True), ("A www address", False),
+                                            ("Electroencephalographically speaking, nothing happened.", False), ("Aaaah, a dog!", False), ("A dog. A cat. A cow.", False)])
+def test_repetition(answer, babble):
+    "Phrases again and again are babble; so are letters in a word that is none. A long word is not."
+    assert (E.repetition(answer) >= 0.5) == babble
+
+
 def test_the_front_and_its_file(tmp_path):
     "Dominated trials are off the front whatever their order; a sweep survives its CSV file; the choice is always the same."
     trial = lambda s, o, u, f=.07, **c: dict(method="DACO" if c else "none", safe_rate=s, over_refusal=o, utility=u, fluency=f, harmful_rate=round(1 - s, 6), incoherent=0., n=48, change=c)
