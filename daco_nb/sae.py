@@ -102,7 +102,7 @@ class SAE(nn.Module):
         self.b_enc, self.b_dec = nn.Parameter(torch.zeros(d_sae)), nn.Parameter(torch.zeros(d_in))
         if architecture == 'jumprelu': self.threshold = nn.Parameter(torch.zeros(d_sae))
         if architecture == 'batchtopk': self.register_buffer('threshold', torch.zeros(d_sae))
-        for name, value in (('mean', torch.zeros(d_in)), ('std', torch.ones(d_in)), ('concept_index', torch.full((d_sae,), -1))):
+        for name, value in (('mean', torch.zeros(d_in)), ('std', torch.ones(d_in)), ('concept_index', torch.full((d_sae,), -1)), ('concepts', torch.zeros(0, d_in))):
             self.register_buffer(name, value, persistent=False)
 
     fve, l0, frac_alive = staticmethod(fve), staticmethod(l0), staticmethod(frac_alive)
@@ -207,7 +207,7 @@ def from_dictionary(cls: SAE,
     U, m = normalize(vectors, dim=1), len(vectors) if d_sae is None else d_sae
     atoms = torch.cat([U[:m], _extra_atoms(U, max(0, m - len(U)), extra, data, k, generator)])
     sae = _start(cls(U.shape[1], m, k, architecture), atoms, mean, std)
-    sae.concept_index[:len(U)] = torch.arange(len(U[:m]))
+    sae.concept_index[:len(U)], sae.concepts = torch.arange(len(U[:m])), U[:m].clone()
     return sae
 
 # %% ../nbs/06_sae.ipynb #112140c0
@@ -335,6 +335,7 @@ class Recipe:
     dead_after: int = 5000  # a latent that was silent for so many rows counts as dead
     heldout: float = .1     # share of the rows of a tensor that are kept for measuring
     centre: str = 'median'  # where b_dec starts: geometric `median`, `mean`, or `keep`
+    hold: float = 0.        # least cosine of a named atom with its concept; 0 lets it drift
     every: int = 50         # steps between measurements
     save_every: int = 200   # steps between checkpoints
 
@@ -387,6 +388,17 @@ def _unit_atoms(sae: SAE):
     "Scale each atom to length 1, and keep thresholds from going below 0."
     sae.W_dec.div_(sae.W_dec.norm(dim=1, keepdim=True).clamp_min(1e-12))
     if hasattr(sae, 'threshold'): sae.threshold.clamp_min_(0)
+
+# %% ../nbs/06_sae.ipynb #73cc1479
+@torch.no_grad()
+def _hold_names(sae: SAE, least: float # cosine with the own concept
+):
+    "Put named atoms that left the cone around their concept back on its edge."
+    C = sae.concepts
+    W = sae.W_dec[:len(C)]
+    cosine = torch.linalg.vecdot(W, C)[:, None]
+    edge = least*C + math.sqrt(1 - least**2)*normalize(W - cosine*C, dim=1)
+    sae.W_dec[:len(C)] = torch.where(cosine < least, edge, W)
 
 # %% ../nbs/06_sae.ipynb #622cc6b2
 def geometric_median(
@@ -540,6 +552,7 @@ def _step(
     _project_gradient(sae)
     opt.step()
     _unit_atoms(sae)
+    if r.hold: _hold_names(sae, r.hold)
     idle.add_(len(z)).masked_fill_(fired, 0)
     return loss.detach()
 
@@ -584,6 +597,7 @@ def fit(self: SAE,
     if unknown := recipe.keys() - (known := [f.name for f in fields(Recipe)]):
         raise ValueError(f'Unknown setting {", ".join(sorted(unknown))}: choose from {", ".join(known)}')
     r, device = Recipe(**recipe), self.W_dec.device
+    if not 0 <= r.hold <= 1 or r.hold and not len(self.concepts): raise ValueError(f'hold = {r.hold}: choose a cosine from 0 to 1, and start with SAE.from_dictionary, so that there is something to hold to')
     settings = {k: v for k, v in asdict(r).items() if k != 'save_every'} | {k: getattr(self, k) for k in ('architecture', 'd_in', 'd_sae', 'k')}
     self.W_enc.data = self.W_enc.data.T.contiguous().T # a latent's weights side by side, as its gradient comes
     opt, path = torch.optim.Adam(self.parameters(), lr=r.lr, fused=device.type in ('cpu', 'cuda')), checkpoint and Path(checkpoint)

@@ -252,6 +252,27 @@ def test_geometric_median_is_better_than_the_mean():
     for _ in range(20): assert cost(best) <= cost(best + .05*torch.randn(3, generator=seeded(_))) + 1e-3
 
 
+@pytest.mark.parametrize('architecture', ['l1', 'topk', 'batchtopk', 'jumprelu'])
+def test_names_that_hold(world, architecture):
+    "No named atom leaves its cone, nameless ones are free, atoms stay unit; a cosine of 1 freezes the names."
+    n, longer = len(world.D.vectors), RECIPE | dict(steps=120, lr=.03)
+    def start(seed=0): return SAE.from_dictionary(world.D, n + 8, k=2, architecture=architecture, data=world.Z, generator=seeded(seed))
+    held = start().fit(world.Z, seeded(1), **longer, hold=.98)
+    cosine, _ = alignment(held, world.D.vectors)
+    assert len(cosine) == n and cosine.min() > .98 - 1e-5 and torch.allclose(held.W_dec.norm(dim=1), torch.ones(n + 8), atol=1e-5)
+    free = start().fit(world.Z, seeded(1), **longer)
+    assert alignment(free, world.D.vectors)[0].min() < .98
+    assert (start().W_dec[n:]*held.W_dec[n:]).sum(1).min() < .98 # no name, no cone
+    frozen = start().fit(world.Z, seeded(1), **longer, hold=1.)
+    assert torch.allclose(frozen.W_dec[:n], start().W_dec[:n], atol=1e-5)
+
+
+def test_hold_needs_something_to_hold_to(world):
+    for sae in (SAE.random(12, 24, k=2), SAE.from_data(world.Z, 16, k=2)):
+        with pytest.raises(ValueError, match=r'hold = 0\.9.*from_dictionary'): sae.fit(world.Z[:, :sae.d_in], **RECIPE | dict(hold=.9))
+    with pytest.raises(ValueError, match='hold = 1.5: choose a cosine'): SAE.from_dictionary(world.D, k=2).fit(world.Z, **RECIPE | dict(hold=1.5))
+
+
 def test_alignment_by_hand():
     sae = SAE.from_dictionary(torch.eye(3), k=1)
     sae.W_dec.data[0] = normalize(torch.tensor([1., 2., 0.]), dim=0)
@@ -354,7 +375,9 @@ def test_folders_that_do_not_fit(tmp_path):
 RECIPE = dict(bar=False, steps=30, batch=32, save_every=7, every=10)
 
 @pytest.mark.parametrize('architecture', ['topk', 'batchtopk', 'jumprelu'])
-def test_resuming_gives_the_same_bits(world, tmp_path, architecture):
+@pytest.mark.parametrize('hold', [0., .999])
+def test_resuming_gives_the_same_bits(world, tmp_path, architecture, hold):
+    recipe = RECIPE | dict(hold=hold)
     class Stop(Exception): pass
     def stop(real, after):
         def step(*a, **k):
@@ -366,14 +389,14 @@ def test_resuming_gives_the_same_bits(world, tmp_path, architecture):
     file, real = tmp_path/'run', module._step
     module._step = stop(real, 17)
     try:
-        with pytest.raises(Stop): SAE.from_dictionary(world.D, k=2, architecture=architecture).fit(world.Z, seeded(0), file, **RECIPE)
+        with pytest.raises(Stop): SAE.from_dictionary(world.D, k=2, architecture=architecture).fit(world.Z, seeded(0), file, **recipe)
     finally: module._step = real
     assert module._read_file(file)[1]['step'] == 14
-    resumed = SAE.from_dictionary(world.D, k=2, architecture=architecture).fit(world.Z, seeded(99), file, **RECIPE)
-    straight = SAE.from_dictionary(world.D, k=2, architecture=architecture).fit(world.Z, seeded(0), **RECIPE)
+    resumed = SAE.from_dictionary(world.D, k=2, architecture=architecture).fit(world.Z, seeded(99), file, **recipe)
+    straight = SAE.from_dictionary(world.D, k=2, architecture=architecture).fit(world.Z, seeded(0), **recipe)
     assert all(torch.equal(a, b) for a, b in zip(resumed.state_dict().values(), straight.state_dict().values()))
     assert resumed.history == straight.history
-    again = SAE.from_dictionary(world.D, k=2, architecture=architecture).fit(world.Z, seeded(0), file, **RECIPE) # finished: nothing left to do
+    again = SAE.from_dictionary(world.D, k=2, architecture=architecture).fit(world.Z, seeded(0), file, **recipe) # finished: nothing left to do
     assert all(torch.equal(a, b) for a, b in zip(again.parameters(), straight.parameters())) and again.history[-1]['step'] == 30
 
 
