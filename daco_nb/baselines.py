@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 
 from .activations import extract
 from .annotation import annotate
-from .demo import ASSETS, by_name, scene, topics, wordings
+from .demo import ASSETS, FAMILIES, by_name, scene, topics, wordings
 from .dictionary import DECLINE, ChatCorpus, ConceptDictionary, read_behaviour
 from .mllm import ANSWER, LAST, MLLM, TEXT
 from .sae import SAE
