@@ -729,7 +729,7 @@ def tune_gate(
     return dict(threshold=threshold, auc=auc(s.numpy(), bad.numpy()), opens=(s[bad] > threshold).float().mean().item())
 
 CANDIDATES = {'Prompting': [{}], 'ActAdd': [dict(act_strength=s) for s in (.2, .4, .7)], 'MOP': [dict(mop_strength=s) for s in (1., 2.)],
-    'DACO (paper)': [dict(paper_eta=e, paper_gamma=g) for e, g in ((.75, .25), (.75, 1.), (.8, .25))],
+    'DACO (paper)': [dict(paper_eta=e, paper_gamma=g) for e, g in ((.75, .05), (.75, .1), (.75, .25), (.75, 1.), (.8, .25))],
     'DACO': [dict(gamma=g, span=n) for g, n in ((1.5, 12), (2., 12), (2.5, 12))]}
 
 # %% ../nbs/09_evaluation.ipynb #998100f8
