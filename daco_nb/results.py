@@ -16,7 +16,7 @@ from .demo import ASSETS, FAMILIES
 from .evaluation import Item, OfflineJudge, Verdict, demobench, evaluate, load_verdicts, rate, sample, save_verdicts
 from .judges import Patterns
 from .mllm import MLLM
-from .runs import Run, all_methods, answer, compare, configuration, judge, measures
+from .runs import MEASURES, Run, all_methods, answer, compare, configuration, judge, measures, question_of
 from .steering import load_kit, load_settings, make_methods
 
 # %% ../nbs/09e_results.ipynb #9e000008
@@ -166,9 +166,11 @@ def pooled(
     runs: dict,   # name of a model -> `Run`
     measure: str, # one of `MEASURES`
     judge: str = 'offline' # whose verdicts
-) -> pd.DataFrame: # per method: mean difference to no steering over the models, weighed with one over the squared errors, and its error
+) -> pd.DataFrame: # per method: paired `difference` to no steering over all models, and its `se`, clustered by question
     "What a method changes, over all models."
-    found = pd.concat([measures(r) for r in runs.values()]).query(f'bench == "all" and judge == {judge!r} and measure == {measure!r} and method != "none"')
-    w = found.difference_se.clip(lower=1e-3)**-2 # where no answer changed, the formula says 0
-    sums = pd.DataFrame(dict(method=found.method, w=w, d=w*found.difference)).groupby('method', sort=False).sum()
-    return pd.DataFrame(dict(difference=sums.d/sums.w, se=sums.w**-.5))
+    (kinds, words), values = MEASURES[measure], {}
+    for name, run in runs.items():
+        for s in run.samples.values():
+            if s['kind'] in kinds: values.setdefault(s['method'], {})[name, s['id']] = (s['verdicts'][judge]['verdict'] in words, question_of(s))
+    found = {m: compare(of, values['none']) for m, of in values.items() if m != 'none'}
+    return pd.DataFrame({m: dict(difference=r['difference'], se=r['difference_se']) for m, r in found.items()}).T

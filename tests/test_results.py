@@ -99,12 +99,14 @@ def test_whole_keeps_what_is_there(tmp_path, monkeypatch):
 
 
 def test_pooled(runs):
-    "One model alone keeps its number; a second, less sure one moves it by little."
+    "One model alone keeps its number and error; the same model twice tells nothing new, and three models have the mean."
     one = pooled({"a": runs["llava"]}, "harmful compliance")
     r = measures(runs["llava"]).query("measure == 'harmful compliance' and bench == 'all' and judge == 'offline' and method == 'DACO'").iloc[0]
     assert one.difference["DACO"] == pytest.approx(r.difference) and one.se["DACO"] == pytest.approx(r.difference_se)
-    both = pooled({"a": runs["llava"], "b": runs["llava"]}, "harmful compliance")
-    assert both.difference["DACO"] == pytest.approx(r.difference) and both.se["DACO"] == pytest.approx(r.difference_se / 2**0.5)
+    twice = pooled({"a": runs["llava"], "b": runs["llava"]}, "harmful compliance")
+    assert twice.difference["DACO"] == pytest.approx(r.difference) and twice.se["DACO"] == pytest.approx(r.difference_se, rel=0.02)
+    each = [pooled({f: run}, "over-refusal", "patterns").difference["MOP"] for f, run in runs.items()]
+    assert pooled(runs, "over-refusal", "patterns").difference["MOP"] == pytest.approx(sum(each) / 3)
 
 
 def test_bad_input(tmp_path, capsys):
