@@ -150,16 +150,12 @@ def main(
     try:
         if wrong := [f for f in a.families.split(',') if f not in FAMILIES]: raise ValueError(f'Unknown family {wrong[0]!r}: choose from {", ".join(FAMILIES)}')
         items = questions(a.mm, a.jbv, a.utility, a.other)
-        if not a.sample: [whole(f, a.folder/f) for f in a.families.split(',')]
         runs = {f: family_run(f, a.folder/f/'results.jsonl', items, a.methods and a.methods.split(',')) for f in a.families.split(',')}
+        for f in () if a.sample else runs: whole(f, a.folder/f)
     except (ValueError, OSError, FloatingPointError) as e: sys.exit(f'daco_nb.results: {e}')
     for columns in (SAFETY, COSTS): print(rates(runs, columns).to_string())
     for f in runs:
         if not a.sample: print(f'\n{f}', aims(*(load_verdicts(a.folder/f/f'{n}.csv') for n in ('unsteered', 'steered'))).to_string(), sep='\n')
-
-# %% ../nbs/09e_results.ipynb #9e00000f
-#| eval: false
-if __name__ == '__main__': main()
 
 # %% ../nbs/09e_results.ipynb #9e00001e
 def pooled(
@@ -174,3 +170,7 @@ def pooled(
             if s['kind'] in kinds: values.setdefault(s['method'], {})[name, s['id']] = (s['verdicts'][judge]['verdict'] in words, question_of(s))
     found = {m: compare(of, values['none']) for m, of in values.items() if m != 'none'}
     return pd.DataFrame({m: dict(difference=r['difference'], se=r['difference_se']) for m, r in found.items()}).T
+
+# %% ../nbs/09e_results.ipynb #9e00000f
+#| eval: false
+if __name__ == '__main__': main()

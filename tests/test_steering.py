@@ -5,12 +5,12 @@ import pytest
 import torch
 
 from daco_nb.annotation import Probe
-from daco_nb.demo import by_name, scene
+from daco_nb.demo import FAMILIES, by_name, scene
 from daco_nb.dictionary import Behaviour, ConceptDictionary
 from daco_nb.evaluation import demobench
 from daco_nb.mllm import ANSWER, IMAGE, LAST, MLLM, TEMPLATE, TEXT, Where
 from daco_nb.sae import SAE
-from daco_nb.steering import DACO, ActAdd, Gate, control_code, load_kit, make_methods, raised, steer, watched
+from daco_nb.steering import DACO, SETTINGS, ActAdd, Gate, control_code, load_kit, load_settings, make_methods, raised, steer, watched
 
 
 @pytest.fixture(scope="module")
@@ -165,3 +165,12 @@ def test_nan_made_above_the_written_layer_stops(mllm):
     with pytest.raises(FloatingPointError, match="layer 29 NaN or infinite at token 7 of prompt 1.*answer"):
         edits[29](torch.tensor([[[1.]], [[torch.inf]]]), Where(torch.full((2, 1), ANSWER), 7))
     assert watched({}, 29, "x") == {}
+
+
+def test_every_demo_model_has_its_kit():
+    "Three kits of the same concepts, each with its own numbers; a file that is missing is named, with the remedy."
+    kits, settings = ({f: read(f) for f in FAMILIES} for read in (load_kit, load_settings))
+    assert len({tuple(k.D.names) for k in kits.values()}) == 1 and len({k.D.vectors.sum().item() for k in kits.values()}) == 3
+    assert len({s["threshold"] for s in settings.values()}) == 3 and settings["llava"] == SETTINGS
+    with pytest.raises(FileNotFoundError, match="nowhere.json is missing: give a file made by tune, or one of llava, qwen, internvl"):
+        load_settings("nowhere.json")
