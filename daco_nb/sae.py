@@ -207,7 +207,7 @@ def from_dictionary(cls: SAE,
     U, m = normalize(vectors, dim=1), len(vectors) if d_sae is None else d_sae
     atoms = torch.cat([U[:m], _extra_atoms(U, max(0, m - len(U)), extra, data, k, generator)])
     sae = _start(cls(U.shape[1], m, k, architecture), atoms, mean, std)
-    sae.concept_index[:len(U)], sae.concepts = torch.arange(len(U[:m])), U[:m].clone()
+    sae.concept_index[:len(U)], sae.concepts = torch.arange(len(U[:m])), U[:m]
     return sae
 
 # %% ../nbs/06_sae.ipynb #112140c0
@@ -581,6 +581,18 @@ def _train(
             if path and z is not None and (step % r.save_every == 0 or step == r.steps):
                 _save_state(sae, opt, idle, path, header | {'step': step, 'history': sae.history})
 
+# %% ../nbs/06_sae.ipynb #b67f3117
+def _recipe(
+    sae: SAE, given: dict # to be trained; keywords of *fit*
+) -> Recipe:
+    "The settings; ValueError for one that is unknown, or names to hold where there are none."
+    if unknown := given.keys() - (known := [f.name for f in fields(Recipe)]):
+        raise ValueError(f'Unknown setting {", ".join(sorted(unknown))}: choose from {", ".join(known)}')
+    r = Recipe(**given)
+    if not 0 <= r.hold <= 1 or r.hold and not len(sae.concepts):
+        raise ValueError(f'hold = {r.hold}: choose a cosine from 0 to 1, and start with SAE.from_dictionary, so that there is something to hold to')
+    return r
+
 # %% ../nbs/06_sae.ipynb #b67f3118
 @patch
 def fit(self: SAE,
@@ -593,11 +605,8 @@ def fit(self: SAE,
 ) -> SAE:                                     # itself; measurements are in `history`
     """Train on standardised activations; resumes from `checkpoint` to the same bits.
 
-    `history`: dicts (step, fve, l0, frac_alive, dead, loss), on held-out rows. ValueError for NaN, a wrong width, a folded SAE, or another run's checkpoint."""
-    if unknown := recipe.keys() - (known := [f.name for f in fields(Recipe)]):
-        raise ValueError(f'Unknown setting {", ".join(sorted(unknown))}: choose from {", ".join(known)}')
-    r, device = Recipe(**recipe), self.W_dec.device
-    if not 0 <= r.hold <= 1 or r.hold and not len(self.concepts): raise ValueError(f'hold = {r.hold}: choose a cosine from 0 to 1, and start with SAE.from_dictionary, so that there is something to hold to')
+    `history`: dicts (step, fve, l0, frac_alive, dead, loss), on held-out rows. ValueError for NaN, a wrong width, a folded SAE, another run's checkpoint, or a setting that does not fit."""
+    r, device = _recipe(self, recipe), self.W_dec.device
     settings = {k: v for k, v in asdict(r).items() if k != 'save_every'} | {k: getattr(self, k) for k in ('architecture', 'd_in', 'd_sae', 'k')}
     self.W_enc.data = self.W_enc.data.T.contiguous().T # a latent's weights side by side, as its gradient comes
     opt, path = torch.optim.Adam(self.parameters(), lr=r.lr, fused=device.type in ('cpu', 'cuda')), checkpoint and Path(checkpoint)
