@@ -7,7 +7,7 @@ __all__ = ['SETTINGS', 'watched', 'steer', 'positions', 'Prompting', 'ActAdd', '
            'raised', 'DACO', 'chain', 'Kit', 'load_kit', 'save_kit', 'load_settings', 'make_methods']
 
 # %% ../nbs/08_steering.ipynb #9da0f84b
-import functools, json
+import functools, json, math
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,9 +33,8 @@ def watched(
     def watch(layer, edit):
         def run(hidden, where):
             new = edit(hidden, where).to(hidden.dtype)
-            finite = torch.isfinite(new)
-            if finite.all(): return new # as nearly always: every operation counts, once per token
-            bad = ~finite.all(-1) & (where.roles != PAD)
+            if math.isfinite(new.sum()): return new # as nearly always: every operation counts, once per token
+            bad = ~new.isfinite().all(-1) & (where.roles != PAD)
             if not bad.any(): return new
             row, token = bad.nonzero()[0].tolist()
             raise FloatingPointError(f'{name} made the output of layer {layer} NaN or infinite at token {where.start + token} of prompt {row} of the batch '
@@ -64,7 +63,7 @@ def positions(
     roles: tuple   # role codes to write
 ) -> torch.Tensor: # bool `[batch, tokens]`
     "Positions whose role is among `roles`."
-    return torch.isin(where.roles, torch.tensor(roles, device=where.roles.device))
+    return functools.reduce(torch.logical_or, (where.roles == r for r in roles))
 
 # %% ../nbs/08_steering.ipynb #aedfee77
 @dataclass
@@ -94,7 +93,8 @@ class ActAdd:
     ) -> dict: # layer -> function
         "One function that adds; ValueError if the direction has another width."
         check_width(mllm, self.direction)
-        def add(hidden, where): return hidden + positions(where, self.roles)[..., None]*self.strength*self.direction.to(hidden)
+        step = self.strength*self.direction.to(mllm.device)
+        def add(hidden, where): return torch.where(positions(where, self.roles)[..., None], hidden + step.to(hidden.dtype), hidden)
         return {self.layer: add}
 
 # %% ../nbs/08_steering.ipynb #5624ba63
