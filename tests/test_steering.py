@@ -151,9 +151,9 @@ def test_misfits_are_named(mllm, kit):
         pass
 
 
-@pytest.mark.parametrize("strength, where", [(float("nan"), "template"), (1e38, "last prompt token")])
-def test_steering_into_nan_stops(mllm, strength, where):
-    with pytest.raises(FloatingPointError, match=rf"ActAdd made the output of layer 14 NaN or infinite at token \d+ of prompt 0.*{where}"), steer(mllm, ActAdd(torch.full((576,), 10.), 14, strength)):
+@pytest.mark.parametrize("strength", [float("nan"), 1e38])
+def test_steering_into_nan_stops(mllm, strength):
+    with pytest.raises(FloatingPointError, match=rf"ActAdd made the output of layer 14 NaN or infinite at token \d+ of prompt 0.*last prompt token"), steer(mllm, ActAdd(torch.full((576,), 10.), 14, strength)):
         mllm.chat(None, "What is a cake?", max_new_tokens=2)
     assert mllm.chat(None, "What is a cake?", max_new_tokens=2)
 
