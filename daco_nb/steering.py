@@ -93,8 +93,8 @@ class ActAdd:
     ) -> dict: # layer -> function
         "One function that adds; ValueError if the direction has another width."
         check_width(mllm, self.direction)
-        step = self.strength*self.direction.to(mllm.device)
-        def add(hidden, where): return torch.where(positions(where, self.roles)[..., None], hidden + step.to(hidden.dtype), hidden)
+        step = self.strength*self.direction
+        def add(hidden, where): return torch.where(positions(where, self.roles)[..., None], hidden + step.to(hidden), hidden)
         return {self.layer: add}
 
 # %% ../nbs/08_steering.ipynb #5624ba63
