@@ -62,7 +62,8 @@ def positions(
     where,         # what a hook sees
     roles: tuple   # role codes to write
 ) -> torch.Tensor: # bool `[batch, tokens]`
-    "Positions whose role is among `roles`."
+    "Positions whose role is among `roles`; none if there are no roles."
+    if not roles: return torch.zeros_like(where.roles, dtype=torch.bool)
     return functools.reduce(torch.logical_or, (where.roles == r for r in roles))
 
 # %% ../nbs/08_steering.ipynb #aedfee77

@@ -10,7 +10,7 @@ from daco_nb.dictionary import Behaviour, ConceptDictionary
 from daco_nb.evaluation import demobench
 from daco_nb.mllm import ANSWER, IMAGE, LAST, MLLM, TEMPLATE, TEXT, Where
 from daco_nb.sae import SAE
-from daco_nb.steering import DACO, SETTINGS, ActAdd, Gate, control_code, load_kit, load_settings, make_methods, raised, steer, watched
+from daco_nb.steering import DACO, SETTINGS, ActAdd, Gate, control_code, load_kit, load_settings, make_methods, positions, raised, steer, watched
 
 
 @pytest.fixture(scope="module")
@@ -149,6 +149,12 @@ def test_misfits_are_named(mllm, kit):
         DACO(kit.sae, torch.zeros(len(kit.sae.W_dec)), kit.D, 1., Gate(kit.harm, 0.), b).edits(mllm)
     with pytest.raises(ValueError, match="Layer 77 does not exist"), steer(mllm, ActAdd(torch.zeros(576), 77)):
         pass
+
+
+def test_positions_of_some_roles_and_of_none():
+    where = Where(torch.tensor([[TEMPLATE, LAST, ANSWER]]), 0)
+    assert positions(where, (LAST, ANSWER)).tolist() == [[False, True, True]]
+    assert positions(where, ()).tolist() == [[False, False, False]]
 
 
 @pytest.mark.parametrize("strength", [float("nan"), 1e38])
