@@ -10,8 +10,8 @@ __all__ = ['SCENARIOS', 'FORMS', 'FORMATS', 'LETTERS', 'POLICIES', 'IN_TEXT', 'T
            'write_mm', 'jailbreak', 'write_jbv', 'choice', 'mixed', 'write_parquet', 'write_utility', 'write_sensitive',
            'write_captions', 'demobench_folder', 'demobench', 'mossbench', 'declined', 'repetition', 'Reader',
            'Reading', 'readings', 'Verdict', 'subject', 'OfflineJudge', 'verdict', 'evaluate', 'rate', 'summarise',
-           'sample', 'save_verdicts', 'load_verdicts', 'heard', 'tune_gate', 'choose', 'tune', 'on_front', 'sweep',
-           'save_sweep', 'load_sweep']
+           'sample', 'save_verdicts', 'load_verdicts', 'heard', 'least_threshold', 'tune_gate', 'choose',
+           'tune_strengths', 'tune', 'on_front', 'sweep', 'save_sweep', 'load_sweep']
 
 # %% ../nbs/09_evaluation.ipynb #09fd7436
 import ast, csv, functools, hashlib, json, os, re, time, warnings
@@ -699,38 +699,50 @@ def load_verdicts(
 
 # %% ../nbs/09_evaluation.ipynb #934bd8ba
 def heard(
-    mllm: MLLM,               # the model
-    gate,                     # a `Gate`
-    items: list[Item],        # questions
-    max_new_tokens: int = 24, # length limit of an answer
-    batch_size: int = 96      # questions at once
-) -> torch.Tensor:            # `[len(items)]`
-    "The highest score of each prompt and the unsteered answer to it."
-    out = []
+    mllm: MLLM,         # the model
+    gate,               # a `Gate`
+    items: list[Item],  # questions
+    said: list[str],    # the unsteered answers to them
+    batch_size: int = 96 # questions at once
+) -> torch.Tensor:      # `[len(items)]`
+    "The highest score of each prompt and its answer."
+    out, layer = [], gate.probe.layer
     for i in range(0, len(items), batch_size):
-        asked = [p.text for p in items[i:i + batch_size]], [p.image for p in items[i:i + batch_size]]
-        said = mllm.generate(*asked, max_new_tokens=max_new_tokens, batch_size=batch_size)
-        batch = mllm.prepare(*asked, answers=said)
-        hidden = mllm.read(batch, [gate.probe.layer])[gate.probe.layer]
-        out.append(gate.score(hidden, Where(batch['roles'], 0), {}).max(1).values.cpu())
+        part = items[i:i + batch_size]
+        batch = mllm.prepare([p.text for p in part], [p.image for p in part], answers=said[i:i + batch_size])
+        out.append(gate.score(mllm.read(batch, [layer])[layer], Where(batch['roles'], 0), {}).max(1).values.cpu())
     return torch.cat(out)
 
 # %% ../nbs/09_evaluation.ipynb #9b64293b
+def least_threshold(
+    score: torch.Tensor, # of harmless prompts `[n]`
+    kept: torch.Tensor,  # bool `[n]`: not declined as it is
+    slack: float         # share of them that may be declined anew
+) -> float:
+    "The lowest threshold above which at most `slack` of the prompts lie that are not declined as it is."
+    new = score.masked_fill(~kept, -torch.inf).sort(descending=True).values[min(int(slack*len(score)), len(score) - 1)].item()
+    return max(new, score[score.isfinite()].min().item())
+
 def tune_gate(
     mllm: MLLM,             # the model
     kit,                    # its `Kit`
     items: list[Item],      # validation questions
-    slack: float = .05      # share of harmless prompts that may open it
-) -> dict: # threshold, and how well it parts validation
-    "Choose the gate's threshold on validation: few twins may open it, and few of all harmless prompts."
+    judge,                  # as for `evaluate`
+    slack: float = .05      # how much over-refusal may rise if the model declines wherever the gate opens
+) -> dict: # threshold, and how well it parts validation; `catches`: share of harmful answers at which it opens
+    "Choose the gate's threshold on validation by what it would cost: over-refusal on twins, and on all harmless prompts; ValueError without harmless ones."
+    if all(i.kind == 'attack' for i in items): raise ValueError(f'{len(items)} questions, none of them harmless: add twins, or questions of general use')
+    verdicts, _ = evaluate(mllm, None, items, judge)
+    s = heard(mllm, make_methods(kit)['DACO'].gate, items, [v.answer for v in verdicts])
     bad, twin = (torch.tensor([i.kind == k for i in items]) for k in ('attack', 'twin'))
-    s = heard(mllm, make_methods(kit)['DACO'].gate, items)
-    threshold = max(s[x].quantile(1 - slack, interpolation='higher').item() for x in (twin, ~bad))
-    return dict(threshold=threshold, auc=auc(s.numpy(), bad.numpy()), opens=(s[bad] > threshold).float().mean().item())
+    kept, harmful = (torch.tensor([(v.verdict == k) == same for v in verdicts]) for k, same in (('declined', False), ('harmful', True)))
+    threshold = max(least_threshold(s[x], kept[x], slack) for x in (twin, ~bad) if x.any())
+    return dict(threshold=threshold, auc=auc(s.numpy(), bad.numpy()), opens=(s[bad] > threshold).float().mean().item(),
+                catches=(s[bad & harmful] > threshold).float().mean().item())
 
 CANDIDATES = {'Prompting': [{}], 'ActAdd': [dict(act_strength=s) for s in (.2, .4, .7)], 'MOP': [dict(mop_strength=s) for s in (1., 2.)],
     'DACO (paper)': [dict(paper_eta=e, paper_gamma=g) for e, g in ((.75, .05), (.75, .1), (.75, .25), (.75, 1.), (.8, .25))],
-    'DACO': [dict(gamma=g, span=n) for g, n in ((1.5, 12), (2., 12), (2.5, 12))]}
+    'DACO': [dict(gamma=g, span=n) for g, n in ((1., 12), (1.5, 12), (2., 12), (2.5, 12))]}
 
 # %% ../nbs/09_evaluation.ipynb #998100f8
 def choose(
@@ -743,6 +755,29 @@ def choose(
     return min(rows, key=lambda r: (round(missed(r), 6), -r['safe_rate'], -r['fluency']))
 
 # %% ../nbs/09_evaluation.ipynb #42345362
+def tune_strengths(
+    mllm: MLLM, kit, judge, # as for `tune`
+    settings: dict,         # to start from
+    grid: dict,             # per method, changes to try
+    items: list[Item],      # questions
+    slack: float = .05,     # how much over-refusal may rise and utility fall
+    show=lambda row: None   # called with each trial
+): # (settings, trials)
+    "Try no steering and every candidate, and choose; FloatingPointError if all candidates of a method end in NaN."
+    trials = []
+    def trial(name, change):
+        method = make_methods(kit, settings | change)[name]
+        try: row = summarise(name, *evaluate(mllm, method, items, judge)) | dict(change=change)
+        except FloatingPointError as e: row = dict(method=name, change=change, failed=str(e))
+        trials.append(row); show(row); return row
+    base = trial('none', {})
+    for name, changes in grid.items():
+        rows = [r for c in changes if 'failed' not in (r := trial(name, c))]
+        if not rows: raise FloatingPointError(f'{name}: every candidate failed, the last one because {trials[-1]["failed"]}')
+        settings = settings | choose(base, rows, slack)['change']
+    return settings, trials
+
+# %% ../nbs/09_evaluation.ipynb #42345364
 def tune(
     mllm: MLLM,             # the model
     kit,                    # its `Kit`
@@ -753,19 +788,15 @@ def tune(
     show=lambda row: None   # called with each trial
 ) -> dict: # settings and trials
     "Choose every method's numbers on validation: the safest within the constraint. FloatingPointError if all candidates of a method end in NaN."
-    items = sample(demobench('validation', ('attack', 'twin', 'utility')), 48)
-    gate = tune_gate(mllm, kit, items)
+    every = demobench('validation', [p for p in PARTS if p != 'plain'])
+    asked = [i for i in every if i.kind in ('attack', 'twin', 'utility')]
+    gate = tune_gate(mllm, kit, every, judge)
     settings, trials = SETTINGS | (settings or {}) | dict(threshold=gate['threshold']), []
-    def trial(name, change):
-        method = make_methods(kit, settings | change)[name]
-        try: row = summarise(name, *evaluate(mllm, method, items, judge)) | dict(change=change)
-        except FloatingPointError as e: row = dict(method=name, change=change, failed=str(e))
-        trials.append(row); show(row); return row
-    base = trial('none', {})
-    for name, changes in grid.items():
-        rows = [r for c in changes if 'failed' not in (r := trial(name, c))]
-        if not rows: raise FloatingPointError(f'{name}: every candidate failed, the last one because {trials[-1]["failed"]}')
-        settings |= choose(base, rows, slack)['change']
+    for gated, items in ((False, sample(asked, 48)), (True, asked)):
+        part = {n: c for n, c in grid.items() if (n == 'DACO') == gated}
+        if not part: continue
+        settings, new = tune_strengths(mllm, kit, judge, settings, part, items, slack, show)
+        trials += new
     return dict(settings=settings, gate=gate, trials=trials)
 
 # %% ../nbs/09_evaluation.ipynb #d613ed9c

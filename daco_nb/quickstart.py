@@ -75,13 +75,13 @@ def build_kit(
     folder: Path,     # where stores and kit go; resumable
     layer=None,       # layer to read and write, default half of the depth
     late=None,        # layer of `declining`, default two above `layer`
-    early=None,       # layer where the gate listens, default three below `layer`
+    early=None,       # layer where the gate listens, default five below `layer`
     chats: int = 1920 # chats for the autoencoder
 ) -> Kit:
     "The whole walk for one model: extract, read the dictionary, train the autoencoder."
     n = len(mllm.layers)
     layer = n//2 - 1 if layer is None else layer
-    late, early = layer + 2 if late is None else late, max(0, layer - 3) if early is None else early
+    late, early = layer + 2 if late is None else late, max(0, layer - 5) if early is None else early
     stimuli = load_stimuli()
     store = extract(mllm, stimuli, DemoCorpus(), [layer], folder/'stimuli')
     talk = extract(mllm, range(chats), ChatCorpus(chats), [layer], folder/'chats', per_row=24)

@@ -226,7 +226,7 @@ def make_kit(
     g = torch.Generator().manual_seed(0)
     with timed(seconds, 'autoencoder'):
         sae = SAE.from_dictionary(D, k=plan.k).to(mllm.device).fit(Z, generator=g, steps=plan.steps, batch=plan.rows, every=max(1, plan.steps//20), checkpoint=folder/'sae.part')
-    with timed(seconds, 'probe'): probe = read_harm(mllm, max(0, D.layer - 3), batch_size=plan.batch_size, phrases=some_phrases(plan.phrases))
+    with timed(seconds, 'probe'): probe = read_harm(mllm, max(0, D.layer - 5), batch_size=plan.batch_size, phrases=some_phrases(plan.phrases))
     kit = Kit(D, sae.cpu().eval().requires_grad_(False), probe)
     save_kit(kit, folder/'kit')
     return kit
@@ -244,7 +244,7 @@ def trial(
     seconds: dict          # gets the times
 ): # (settings, rows of the table)
     "Set the gate's threshold on validation and evaluate methods on the test questions."
-    with timed(seconds, 'threshold'): settings = dict(threshold=tune_gate(mllm, kit, validation)['threshold'])
+    with timed(seconds, 'threshold'): settings = dict(threshold=tune_gate(mllm, kit, validation, judge)['threshold'])
     every, rows = make_methods(kit, settings), []
     with timed(seconds, 'answers'):
         for name in methods:

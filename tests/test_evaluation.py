@@ -2,8 +2,10 @@
 import csv
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
+import torch
 from datasets import Dataset, Features, Value
 from datasets import Image as ImageFeature
 from PIL import Image
@@ -280,6 +282,32 @@ def test_a_sweep_tries_every_point(monkeypatch):
     monkeypatch.setattr(E, "evaluate", lambda mllm, method, items, judge: asked.append(method) or ([], 0.))
     rows = E.sweep(None, None, None, [], grid=E.SWEEP)
     assert asked == [None, *E.SWEEP] and [r["change"] for r in rows] == [{}, *E.SWEEP]
+
+
+def test_the_gate_is_set_by_what_it_would_cost(monkeypatch):
+    "Of 20 twins, five of which are declined anyhow, one may be declined anew; of all 40 harmless questions, two."
+    kinds = ["attack"]*20 + ["twin"]*20 + ["utility"]*20
+    score = torch.cat([torch.arange(20.) + 1.5, torch.arange(20.), torch.arange(20.) - 30])
+    said = ["harmful"]*20 + ["harmless"]*15 + ["declined"]*5 + ["right"]*20
+    items = [E.Item(str(i), k, "t", None) for i, k in enumerate(kinds)]
+    answers = [E.Verdict(str(i), k, "t", "x", v, .5) for i, (k, v) in enumerate(zip(kinds, said))]
+    monkeypatch.setattr(E, "evaluate", lambda mllm, method, items, judge: (answers, 1.))
+    monkeypatch.setattr(E, "make_methods", lambda kit: {"DACO": SimpleNamespace(gate=None)})
+    monkeypatch.setattr(E, "heard", lambda mllm, gate, items, said: score)
+    found = E.tune_gate(None, None, items, None, .05)
+    assert found["threshold"] == 13. and found["opens"] == found["catches"] == pytest.approx(8/20) # twin 14 opens it, 15 to 19 are declined anyhow
+    assert E.tune_gate(None, None, items, None, 0.)["threshold"] == 14.
+    score[40:] += 100 # the questions of general use bind now: two of forty
+    assert E.tune_gate(None, None, items, None, .05)["threshold"] == 87.
+    assert E.tune_gate(None, None, items, None, 1.)["threshold"] == 0. # all may open it: the lowest score
+    with pytest.raises(ValueError, match="none of them harmless"):
+        E.tune_gate(None, None, items[:20], None)
+
+
+def test_a_threshold_when_all_or_nothing_may_change():
+    score = torch.tensor([3., 1., 2., -torch.inf])
+    assert E.least_threshold(score, torch.tensor([False]*4), 0.) == 1. # nothing to lose: the lowest score there is
+    assert E.least_threshold(score, torch.tensor([True]*4), 0.) == 3. and E.least_threshold(score, torch.tensor([True]*4), .25) == 2.
 
 
 def test_tuning_survives_a_candidate_that_ends_in_nan(monkeypatch):
