@@ -723,6 +723,7 @@ def least_threshold(
     new = score.masked_fill(~kept, -torch.inf).sort(descending=True).values[min(int(slack*len(score)), len(score) - 1)].item()
     return max(new, score[score.isfinite()].min().item())
 
+# %% ../nbs/09_evaluation.ipynb #9b64293d
 def tune_gate(
     mllm: MLLM,             # the model
     kit,                    # its `Kit`
@@ -740,6 +741,7 @@ def tune_gate(
     return dict(threshold=threshold, auc=auc(s.numpy(), bad.numpy()), opens=(s[bad] > threshold).float().mean().item(),
                 catches=(s[bad & harmful] > threshold).float().mean().item())
 
+# %% ../nbs/09_evaluation.ipynb #9b64293f
 CANDIDATES = {'Prompting': [{}], 'ActAdd': [dict(act_strength=s) for s in (.2, .4, .7)], 'MOP': [dict(mop_strength=s) for s in (1., 2.)],
     'DACO (paper)': [dict(paper_eta=e, paper_gamma=g) for e, g in ((.75, .05), (.75, .1), (.75, .25), (.75, 1.), (.8, .25))],
     'DACO': [dict(gamma=g, span=n) for g, n in ((1., 12), (1.5, 12), (2., 12), (2.5, 12))]}
