@@ -288,14 +288,14 @@ def test_the_gate_is_set_by_what_it_would_cost(monkeypatch):
     "Of 20 twins, five of which are declined anyhow, one may be declined anew; of all 40 harmless questions, two."
     kinds = ["attack"]*20 + ["twin"]*20 + ["utility"]*20
     score = torch.cat([torch.arange(20.) + 1.5, torch.arange(20.), torch.arange(20.) - 30])
-    said = ["harmful"]*20 + ["harmless"]*15 + ["declined"]*5 + ["right"]*20
+    said = ["harmless"]*10 + ["harmful"]*10 + ["harmless"]*15 + ["declined"]*5 + ["right"]*20
     items = [E.Item(str(i), k, "t", None) for i, k in enumerate(kinds)]
     answers = [E.Verdict(str(i), k, "t", "x", v, .5) for i, (k, v) in enumerate(zip(kinds, said))]
     monkeypatch.setattr(E, "evaluate", lambda mllm, method, items, judge: (answers, 1.))
     monkeypatch.setattr(E, "make_methods", lambda kit: {"DACO": SimpleNamespace(gate=None)})
     monkeypatch.setattr(E, "heard", lambda mllm, gate, items, said: score)
     found = E.tune_gate(None, None, items, None, .05)
-    assert found["threshold"] == 13. and found["opens"] == found["catches"] == pytest.approx(8/20) # twin 14 opens it, 15 to 19 are declined anyhow
+    assert found["threshold"] == 13. and found["opens"] == pytest.approx(8/20) and found["catches"] == pytest.approx(8/10) # twin 14 opens it, 15 to 19 are declined anyhow
     assert E.tune_gate(None, None, items, None, 0.)["threshold"] == 14.
     score[40:] += 100 # the questions of general use bind now: two of forty
     assert E.tune_gate(None, None, items, None, .05)["threshold"] == 87.
