@@ -255,6 +255,20 @@ def check_layers(self:MLLM,
         if not (isinstance(l, int) and 0 <= l < n): raise ValueError(f'Layer {l!r} does not exist: {self.name or "the model"} has decoder layers 0 to {n - 1}')
     return layers
 
+# %% ../nbs/01_mllm.ipynb #c4ched0c
+def _cached(
+    kwargs: dict # arguments of a forward pass
+) -> int: # tokens
+    "How many tokens the key-value cache of a forward pass holds; RuntimeError if there must be one and it is not found."
+    cache = next((kwargs[k] for k in ('cache', 'past_key_values') if kwargs.get(k) is not None), None)
+    if cache is not None: return cache.get_seq_length()
+    tokens = next((kwargs[k] for k in ('input_ids', 'inputs_embeds') if kwargs.get(k) is not None), None)
+    mask = kwargs.get('attention_mask')
+    if tokens is not None and getattr(mask, 'ndim', 0) == 2 and mask.shape[1] > tokens.shape[1]:
+        raise RuntimeError(f'{tokens.shape[1]} tokens came with an attention mask of {mask.shape[1]} and without a cache: the position of the tokens is unknown. '
+                           "Pass the cache as `past_key_values=…`, or install a version of transformers in the range that setup.py asks for")
+    return 0
+
 # %% ../nbs/01_mllm.ipynb #8651441c
 @patch
 @contextmanager
@@ -264,8 +278,7 @@ def intervene(self:MLLM,
     "Replace outputs of decoder layers inside the block."
     self.check_layers(edits)
     def start(module, args, kwargs):
-        cache = kwargs.get('past_key_values')
-        self._start = cache.get_seq_length() if cache is not None else 0
+        self._start = _cached(kwargs)
         self._ids, self._at = kwargs.get('input_ids'), None
     def write(edit):
         def hook(module, args, out):

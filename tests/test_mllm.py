@@ -2,8 +2,9 @@
 import pytest
 import torch
 from PIL import Image
+from transformers import DynamicCache
 
-from daco_nb.mllm import MLLM, as_picture
+from daco_nb.mllm import MLLM, _cached, as_picture
 from daco_nb.steering import ActAdd, steer
 
 
@@ -68,3 +69,16 @@ def test_every_generated_token_is_steered(mllm):
         with mllm.intervene({4: count}):
             mllm.generate(["Count to ten."], max_new_tokens=6, min_new_tokens=6, use_cache=use_cache)
         assert len(seen) == 6 and (seen[1:] == [1] * 5 if use_cache else seen[-1] == seen[0] + 5)
+
+
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])
+def test_cache_under_either_name(name):
+    cache = DynamicCache()
+    cache.update(torch.zeros(1, 1, 5, 2), torch.zeros(1, 1, 5, 2), 0)
+    assert _cached({name: cache}) == 5
+    assert _cached({name: None, "input_ids": torch.ones(1, 5), "attention_mask": torch.ones(1, 5)}) == 0
+
+
+def test_tokens_of_unknown_position(mllm):
+    with mllm.intervene({4: lambda hidden, where: hidden}), pytest.raises(RuntimeError, match="1 tokens .* mask of 9"):
+        mllm.model(input_ids=torch.tensor([[1]]), attention_mask=torch.ones(1, 9, dtype=torch.long))
