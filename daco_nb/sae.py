@@ -8,12 +8,13 @@ __all__ = ['ACTIVATIONS', 'FORMAT', 'superposition', 'fve', 'l0', 'frac_alive', 
 
 # %% ../nbs/06_sae.ipynb #e8884224
 import copy, json, math, os, shutil
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from itertools import chain, islice, repeat
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch
+import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -241,18 +242,32 @@ def from_data(cls: SAE,
     if flat.any(): raise ValueError(f'{int(flat.sum())} of {d_sae} activations lie at the mean, or are not finite: atoms need a direction, drop these rows')
     return _start(cls(Z.shape[1], d_sae, k, architecture), normalize(rows, dim=1), mean, std)
 
+# %% ../nbs/06_sae.ipynb #ee0aa5e7
+def _leading(
+    pre: torch.Tensor, # `[b, m]`
+    k: int             # how many
+) -> tuple[torch.Tensor, torch.Tensor]: # the `k` largest of each row, in no order, and where they are: `[b, k]`
+    "The largest entries of rows that may be long: of the groups of eight, only the leading `k` are searched."
+    n = pre.shape[1]//8
+    if n < 8*k: return pre.topk(k, dim=1, sorted=False)
+    groups = pre[:, :8*n].unflatten(1, (8, n)).amax(1).topk(k, dim=1, sorted=False).indices # a group: columns i, i + n, i + 2n, …
+    rest = torch.arange(8*n, pre.shape[1], device=pre.device).expand(len(pre), -1)
+    columns = torch.cat([(groups[:, None] + n*torch.arange(8, device=pre.device)[:, None]).flatten(1), rest], 1)
+    values, at = pre.gather(1, columns).topk(k, dim=1, sorted=False)
+    return values, columns.gather(1, at)
+
 # %% ../nbs/06_sae.ipynb #ee0aa5e8
 def _chosen(
     pre: torch.Tensor, # pre-activations `[b, d_sae]`
     k: int,            # latents per row
     batch: bool        # only on average over the batch
-) -> tuple[torch.Tensor, torch.Tensor]: # row and latent numbers `[b*k]`, rows in order
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]: # row and latent numbers, and pre-activations `[b*k]`; rows in order
     "The largest `k` of each row, or the largest `k*b` of all (Bussmann et al. 2024)."
     if batch:
         best = pre.flatten().topk(k*len(pre), sorted=False).indices.sort().values
-        return best//pre.shape[1], best%pre.shape[1]
-    best = pre.topk(k, dim=1, sorted=False).indices
-    return torch.arange(len(pre), device=pre.device).repeat_interleave(k), best.flatten()
+        return best//pre.shape[1], best%pre.shape[1], pre.flatten()[best]
+    values, best = _leading(pre, k)
+    return torch.arange(len(pre), device=pre.device).repeat_interleave(k), best.flatten(), values.flatten()
 
 def _sums(
     table: torch.Tensor,                   # rows `[n, d]`
@@ -260,7 +275,7 @@ def _sums(
     m: int, weight: torch.Tensor           # number of sums; weights `[l]`
 ) -> torch.Tensor:                         # `[m, d]`
     "Weighted sums of rows."
-    starts = torch.searchsorted(to, torch.arange(m, device=to.device))
+    starts = torch.searchsorted(to, torch.arange(m, device=to.device, dtype=to.dtype))
     return embedding_bag(rows, table, starts, per_sample_weights=weight, mode='sum')
 
 # %% ../nbs/06_sae.ipynb #64db3dd9
@@ -269,25 +284,27 @@ class _Sparse(torch.autograd.Function):
     @staticmethod
     def forward(ctx, z, W_enc, b_enc, W_dec, b_dec, k, batch):
         x = z - b_dec
-        pre = torch.addmm(b_enc, x, W_enc)
-        row, latent = _chosen(pre, k, batch)
+        pre = torch.addmm(b_enc, x, W_enc).float() # the product may be in bfloat16
+        row, latent, code = _chosen(pre, k, batch)
         with torch.enable_grad():
-            code = pre[row, latent].relu_().requires_grad_()
+            code = code.relu().requires_grad_()
             ctx.out = _sums(W_dec.detach(), latent, row, len(z), code)
-        ctx.code, ctx.parts = code, (x, W_enc, row, latent)
+        ctx.code, ctx.parts = code, (x, W_enc, W_dec, row, latent)
         levels = code.detach()
         ctx.mark_non_differentiable(latent, levels)
         return ctx.out.detach() + b_dec, latent, levels
 
     @staticmethod
     def backward(ctx, g, *_):
-        x, W_enc, row, latent = ctx.parts
+        x, W_enc, W_dec, row, latent = ctx.parts
         code, m = ctx.code.detach(), W_enc.shape[1]
-        d = torch.autograd.grad(ctx.out, ctx.code, g)[0]*(code > 0)
-        order = latent.argsort(stable=True)
-        sums = lambda table, weight: _sums(table, row[order], latent[order], m, weight[order])
-        d_b = x.new_zeros(m).index_add_(0, latent, d)
-        return None, sums(x, d).T, d_b, sums(g, code), g.sum(0) - W_enc@d_b, None, None
+        slope = torch.autograd.grad(ctx.out, ctx.code, g)[0] # <g, atom>
+        d = slope*(code > 0)
+        to, order = latent.int().sort(stable=True)
+        at = row[order]
+        sums = lambda table, weight: _sums(table, at, to, m, weight[order])
+        d_b, along = (x.new_zeros(m).index_add_(0, latent, v) for v in (d, slope*code))
+        return None, sums(x, d).T, d_b, sums(g, code).addcmul_(W_dec, along[:, None], value=-1), g.sum(0) - W_enc@d_b, None, None
 
 # %% ../nbs/06_sae.ipynb #847bf7e8
 class _Jump(torch.autograd.Function):
@@ -336,6 +353,7 @@ class Recipe:
     heldout: float = .1     # share of the rows of a tensor that are kept for measuring
     centre: str = 'median'  # where b_dec starts: geometric `median`, `mean`, or `keep`
     hold: float = 0.        # least cosine of a named atom with its concept; 0 lets it drift
+    precision: str = 'auto' # of the matrix products: float32, bfloat16, or auto (bfloat16 on a GPU that has it); weights are float32
     every: int = 50         # steps between measurements
     save_every: int = 200   # steps between checkpoints
 
@@ -402,14 +420,16 @@ def _hold_names(sae: SAE, least: float # cosine with the own concept
 
 # %% ../nbs/06_sae.ipynb #622cc6b2
 def geometric_median(
-    X: torch.Tensor,     # `[n, d]`
-    iterations: int = 30 # at most
-) -> torch.Tensor:       # `[d]`
+    X: torch.Tensor,      # `[n, d]`
+    iterations: int = 30, # at most
+    tol: float = 1e-6     # stop when a step is shorter than this share of the mean distance
+) -> torch.Tensor:        # `[d]`
     "The point with the least summed distance to the rows, by Weiszfeld's iteration."
     centre = X.mean(0)
     for _ in range(iterations):
-        w = 1/(X - centre).norm(dim=1, keepdim=True).clamp_min(1e-8)
-        centre = (w*X).sum(0)/w.sum()
+        distance = (X - centre).norm(dim=1).clamp_min(1e-8)
+        before, centre = centre, (1/distance)@X/(1/distance).sum()
+        if (centre - before).norm() <= tol*distance.mean(): break
     return centre
 
 # %% ../nbs/06_sae.ipynb #374290ee
@@ -450,6 +470,49 @@ def _first(
     while sum(map(len, taken)) < n: taken.append(next(batches))
     return torch.cat(taken)
 
+# %% ../nbs/06_sae.ipynb #3c1d90ab
+def _optimiser(
+    sae: SAE, lr: float # to be trained; peak learning rate
+) -> torch.optim.Adam:
+    "Adam on the parameters, but on the transpose of the encoder, which shares its memory."
+    sae.W_enc.data = sae.W_enc.data.T.contiguous().T
+    held = [nn.Parameter(p.data.T) if p is sae.W_enc else p for p in sae.parameters()]
+    return torch.optim.Adam(held, lr=lr, fused=sae.W_enc.device.type in ('cpu', 'cuda'))
+
+def _held(
+    sae: SAE, opt: torch.optim.Adam # made by `_optimiser`
+): "Names of the parameters, each with what the optimiser holds for it."; return zip((name for name, _ in sae.named_parameters()), opt.param_groups[0]['params'])
+
+# %% ../nbs/06_sae.ipynb #3c1d90ae
+def _together(
+    device: torch.device # where this process trains
+) -> tuple[int, int]:    # number of this process, and how many train together
+    "Join the other processes of a launcher, if there are any."
+    if int(os.environ.get('WORLD_SIZE', 1)) > 1 and not dist.is_initialized(): dist.init_process_group('gloo' if device.type == 'cpu' else 'nccl')
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
+
+def _share(
+    z: torch.Tensor, rank: int, world: int # batch; which process this is, of how many
+) -> tuple[torch.Tensor, float]:           # rows that this process takes, and their share of the batch
+    "Every process takes each `world`-th row; one that is left without gets a row that does not count."
+    mine = z[rank::world]
+    return (mine, len(mine)/len(z)) if len(mine) else (z[:1], 0.)
+
+# %% ../nbs/06_sae.ipynb #3c1d90b0
+def _joined(
+    sae: SAE, opt: torch.optim.Adam, loss: torch.Tensor, fired: torch.Tensor, world: int # own share of the loss; which latents fired here; number of processes
+) -> tuple[torch.Tensor, torch.Tensor]: # loss of the whole batch, and what fired anywhere
+    "Sum gradients and losses over all processes."
+    if world == 1: return loss, fired
+    loss, fired = loss.detach().clone(), fired.float()
+    for _, p in _held(sae, opt):
+        p.grad = p.grad.contiguous()
+        dist.all_reduce(p.grad)
+    dist.all_reduce(loss)
+    dist.all_reduce(fired, dist.ReduceOp.MAX)
+    if sae.architecture == 'batchtopk': dist.all_reduce(sae.threshold, dist.ReduceOp.MIN) # it follows the least code of all
+    return loss, fired > 0
+
 # %% ../nbs/06_sae.ipynb #5c213f13
 def _replace_file(
     tensors: dict, path: Path, header: dict # name -> tensor; where; anything that JSON can hold
@@ -479,7 +542,7 @@ def _save_state(
 ):
     "Write everything that the rest of the run depends on."
     tensors = {**sae.state_dict(), 'idle': idle}
-    for name, p in sae.named_parameters():
+    for name, p in _held(sae, opt):
         tensors |= {f'{name}.{key}': value for key, value in opt.state[p].items()}
     _replace_file(tensors, path, header)
 
@@ -492,7 +555,7 @@ def _load_state(
     if other := [f'{k} = {header["settings"].get(k)} there, {v} here' for k, v in settings.items() if header['settings'].get(k) != v]:
         raise ValueError(f'{path.name} belongs to another run ({"; ".join(other)}): choose another file, or the same settings')
     sae.load_state_dict({k: tensors[k] for k in sae.state_dict()})
-    for name, p in sae.named_parameters():
+    for name, p in _held(sae, opt):
         opt.state[p] = {'step': tensors[f'{name}.step'].to(p.device)} | {k: torch.empty_like(p).copy_(tensors[f'{name}.{k}']) for k in ('exp_avg', 'exp_avg_sq')}
     sae.history = header['history']
     return tensors['idle'].to(sae.W_dec.device), header
@@ -519,7 +582,7 @@ def _rate(
 def _fit_length(sae: SAE, z: torch.Tensor # training rows `[n, d_in]`
 ):
     "Scale all codes by the one factor that makes the reconstructions fit best. Which latents fire stays the same."
-    guess = sae.decode(sae.encode(z)) - sae.b_dec
+    guess = (_sparse(sae, z)[0] if sae.architecture == 'topk' else sae(z)) - sae.b_dec
     factor = ((z - sae.b_dec)*guess).sum()/guess.square().sum().clamp_min(1e-12)
     if factor > 0:
         for p in (sae.W_enc, sae.b_enc, *([sae.threshold] if hasattr(sae, 'threshold') else ())): p.mul_(factor)
@@ -542,14 +605,17 @@ def _begin(
 # %% ../nbs/06_sae.ipynb #e740f3b4
 def _step(
     sae: SAE, opt: torch.optim.Adam, z: torch.Tensor, idle: torch.Tensor, # batch `[b, d_in]`; rows since each latent fired, changed in place
-    variance: float, r: Recipe, step: int # as in `_loss`
+    variance: float, r: Recipe, step: int, rank: int = 0, world: int = 1 # as in `_loss`; which process this is, of how many
 ) -> float: # the loss
     "One gradient step with all that belongs to it."
     for group in opt.param_groups: group['lr'] = r.lr*_rate(r, step)
-    loss, fired = _loss(sae, z, variance, idle >= r.dead_after, r, step)
-    opt.zero_grad()
-    loss.backward()
-    _project_gradient(sae)
+    (mine, share), dead = _share(z, rank, world), idle >= r.dead_after
+    with torch.autocast(z.device.type, torch.bfloat16, enabled=r.precision == 'bfloat16'): loss, fired = _loss(sae, mine, variance, dead, r, step)
+    sae.zero_grad()
+    (loss := share*loss).backward()
+    if sae.architecture in ('l1', 'jumprelu') or dead.any(): _project_gradient(sae) # `_Sparse` has done so, but not for AuxK
+    for p, (_, held) in zip(sae.parameters(), _held(sae, opt)): held.grad = p.grad.T if p is sae.W_enc else p.grad
+    loss, fired = _joined(sae, opt, loss, fired, world)
     opt.step()
     _unit_atoms(sae)
     if r.hold: _hold_names(sae, r.hold)
@@ -562,15 +628,16 @@ def _train(
     test: torch.Tensor, batches, bar: bool, watch # held-out rows, step -> batches, progress bar, further measurements
 ):
     "All steps that are left, with measurements and checkpoints."
-    device, start, loss = sae.W_dec.device, header['step'], None
+    device, start, loss, (rank, world) = sae.W_dec.device, header['step'], None, _together(sae.W_dec.device)
     test = test.to(device).float()
     if start == 0:
         sample = _first(batches(0), 4096).to(device).float()
         _begin(sae, sample, r.centre)
         header['variance'] = (sample - sample.mean(0)).square().sum(1).mean().clamp_min(1e-12).item()
-    with tqdm(total=r.steps, initial=start, disable=not bar, desc='SAE') as progress:
+        if world > 1: [dist.broadcast(x.data, 0) for x in (*dict(_held(sae, opt)).values(), *sae.buffers())] # all begin alike
+    with tqdm(total=r.steps, initial=start, disable=rank > 0 or not bar, desc='SAE') as progress:
         for step, z in chain([(start, None)], zip(range(start, r.steps), batches(start))):
-            if z is not None: loss, step = _step(sae, opt, z.to(device).float(), idle, header['variance'], r, step), step + 1
+            if z is not None: loss, step = _step(sae, opt, z.to(device).float(), idle, header['variance'], r, step, rank, world), step + 1
             elif start: continue
             if step % r.every == 0 or step == r.steps:
                 m = evaluate_sae(sae, test) | {'dead': (idle >= r.dead_after).float().mean().item(), 'loss': None if loss is None else float(loss)}
@@ -578,7 +645,7 @@ def _train(
                 sae.history.append({'step': step} | m | (watch(sae) if watch else {}))
                 progress.set_postfix(fve=f'{m["fve"]:.3f}', l0=f'{m["l0"]:.1f}', dead=f'{m["dead"]:.1%}')
             progress.update(z is not None)
-            if path and z is not None and (step % r.save_every == 0 or step == r.steps):
+            if path and rank == 0 and z is not None and (step % r.save_every == 0 or step == r.steps):
                 _save_state(sae, opt, idle, path, header | {'step': step, 'history': sae.history})
 
 # %% ../nbs/06_sae.ipynb #b67f3117
@@ -591,7 +658,9 @@ def _recipe(
     r = Recipe(**given)
     if not 0 <= r.hold <= 1 or r.hold and not len(sae.concepts):
         raise ValueError(f'hold = {r.hold}: choose a cosine from 0 to 1, and start with SAE.from_dictionary, so that there is something to hold to')
-    return r
+    if r.precision not in ('auto', 'float32', 'bfloat16'): raise ValueError(f'precision = {r.precision!r}: choose float32, bfloat16 or auto')
+    fast = sae.W_dec.device.type == 'cuda' and torch.cuda.is_bf16_supported()
+    return replace(r, precision='bfloat16' if fast else 'float32') if r.precision == 'auto' else r
 
 # %% ../nbs/06_sae.ipynb #b67f3118
 @patch
@@ -605,15 +674,16 @@ def fit(self: SAE,
 ) -> SAE:                                     # itself; measurements are in `history`
     """Train on standardised activations; resumes from `checkpoint` to the same bits.
 
-    `history`: dicts (step, fve, l0, frac_alive, dead, loss), on held-out rows. ValueError for NaN, a wrong width, a folded SAE, another run's checkpoint, or a setting that does not fit."""
+    `history`: dicts (step, fve, l0, frac_alive, dead, loss), on held-out rows. ValueError for NaN, a wrong width, a folded SAE, another run's checkpoint, or a setting that does not fit.
+    Several processes (`accelerate launch`) share every batch; all must call this with the same data."""
     r, device = _recipe(self, recipe), self.W_dec.device
-    settings = {k: v for k, v in asdict(r).items() if k != 'save_every'} | {k: getattr(self, k) for k in ('architecture', 'd_in', 'd_sae', 'k')}
-    self.W_enc.data = self.W_enc.data.T.contiguous().T # a latent's weights side by side, as its gradient comes
-    opt, path = torch.optim.Adam(self.parameters(), lr=r.lr, fused=device.type in ('cpu', 'cuda')), checkpoint and Path(checkpoint)
+    settings = {k: v for k, v in asdict(r).items() if k != 'save_every'} | {k: getattr(self, k) for k in ('architecture', 'd_in', 'd_sae', 'k')} | {'processes': _together(device)[1]}
+    opt, path = _optimiser(self, r.lr), checkpoint and Path(checkpoint)
     if path and path.exists(): idle, header = _load_state(self, opt, path, settings)
     else:
-        seed = int(torch.randint(2**40, (), generator=generator))
-        idle, header, self.history = torch.zeros(self.d_sae, device=device), {'settings': settings, 'seed': seed, 'step': 0}, []
+        seed = torch.randint(2**40, (), generator=generator).to(device)
+        if settings['processes'] > 1: dist.broadcast(seed, 0)
+        idle, header, self.history = torch.zeros(self.d_sae, device=device), {'settings': settings, 'seed': int(seed), 'step': 0}, []
     _train(self, opt, idle, header, r, path, *_split(Z, r.heldout, r.batch, header['seed']), bar, watch)
     return self
 
