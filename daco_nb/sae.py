@@ -284,10 +284,9 @@ class _Sparse(torch.autograd.Function):
     @staticmethod
     def forward(ctx, z, W_enc, b_enc, W_dec, b_dec, k, batch):
         x = z - b_dec
-        pre = torch.addmm(b_enc, x, W_enc).float() # the product may be in bfloat16
-        row, latent, code = _chosen(pre, k, batch)
+        row, latent, pre = _chosen(torch.addmm(b_enc, x, W_enc).float(), k, batch) # the product may be in bfloat16
         with torch.enable_grad():
-            code = code.relu().requires_grad_()
+            code = pre.relu().requires_grad_()
             ctx.out = _sums(W_dec.detach(), latent, row, len(z), code)
         ctx.code, ctx.parts = code, (x, W_enc, W_dec, row, latent)
         levels = code.detach()
@@ -301,8 +300,7 @@ class _Sparse(torch.autograd.Function):
         slope = torch.autograd.grad(ctx.out, ctx.code, g)[0] # <g, atom>
         d = slope*(code > 0)
         to, order = latent.int().sort(stable=True)
-        at = row[order]
-        sums = lambda table, weight: _sums(table, at, to, m, weight[order])
+        sums = lambda table, weight: _sums(table, row[order], to, m, weight[order])
         d_b, along = (x.new_zeros(m).index_add_(0, latent, v) for v in (d, slope*code))
         return None, sums(x, d).T, d_b, sums(g, code).addcmul_(W_dec, along[:, None], value=-1), g.sum(0) - W_enc@d_b, None, None
 

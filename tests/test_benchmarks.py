@@ -103,9 +103,9 @@ def test_each_peer_has_a_program_that_compiles():
 
 
 def test_the_race_takes_turns_and_chooses_on_training_rows(monkeypatch):
-    "Two rounds, all contenders in each; a ratio is formed within a round; the rate is chosen on kept training rows, and the test rows only report."
+    "Three rounds, all contenders in each; a ratio is formed within a round; the rate is chosen on kept training rows, and the test rows only report."
     order, names = [], list(bm.RATES)
-    pace = {"ours": (1.0, 2.0), "SAELens": (3.0, 8.0), "sparsify": (1.5, 3.0), "dictionary_learning": (1.0, 2.0)}
+    pace = {"ours": (1.0, 2.0, 4.0), "SAELens": (3.0, 8.0, 4.0), "sparsify": (1.5, 3.0, 16.0), "dictionary_learning": (1.0, 2.0, 4.0)}
     best = {"ours": 0.8, "SAELens": 0.7, "sparsify": 0.805, "dictionary_learning": 0.6}
     train, test = torch.zeros(20, 2), torch.ones(7, 2)
     def run(name, Z, folder, d_sae, steps, lr):
@@ -120,8 +120,8 @@ def test_the_race_takes_turns_and_chooses_on_training_rows(monkeypatch):
     monkeypatch.setattr(bm, "train_alone", run)
     monkeypatch.setattr(bm, "evaluate_sae", judge)
     rows = bm.bench_peers(steps=6)
-    assert order == [(n, bm.RATES[n][i]) for i in (0, 1) for n in names]
-    assert [r["ratio"] for r in rows[:3]] == [3.5, 1.5, 1.0] and [r["holds"] for r in rows] == [True, False, False, True]
+    assert order == [(n, bm.RATES[n][i]) for i in (0, 1, 2) for n in names]
+    assert [r["ratio"] for r in rows[:3]] == [3.0, 1.5, 1.0] and [r["holds"] for r in rows] == [True, False, False, True]
     assert rows[3]["ours"] == 0.8 and abs(rows[3]["against"] - 0.8) < 1e-9 and "6,144 samples" in rows[3]["what"]
 
 
