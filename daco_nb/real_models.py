@@ -23,7 +23,7 @@ from .annotation import harm_phrases, read_harm
 from .dictionary import ChatCorpus, ConceptDictionary, read_behaviour, with_behaviours
 from .evaluation import evaluate, summarise, tune_gate
 from .mllm import MLLM
-from .sae import SAE
+from .sae import SAE, Stream
 from .steering import Kit, make_methods, save_kit
 from .stimuli import embed_corpus, retrieve
 
@@ -192,7 +192,7 @@ def read_dictionary(
     corpus, concepts, encoder, # as for `retrieve`
     folder: Path, plan: Plan, layer: int, # where, how much, which layer
     seconds: dict        # gets the times
-): # (dictionary with behaviours, standardised activations for the autoencoder)
+): # (dictionary with behaviours, stream of standardised activations for the autoencoder)
     "Retrieve stimuli, read activations, form the dictionary; resumable."
     with timed(seconds, 'stimuli'):
         stimuli = retrieve(concepts, corpus, encoder, plan.n_pos, plan.n_neg, embeddings=embed_corpus(corpus, encoder, folder/'embeddings'))
@@ -201,7 +201,7 @@ def read_dictionary(
         store = extract(mllm, stimuli, corpus, folder=folder/'stimuli', per_row=plan.per_row, **read)
         talk = extract(mllm, range(plan.chats), ChatCorpus(plan.chats), folder=folder/'chats', per_row=3*plan.per_row, **read)
     with timed(seconds, 'dictionary'): D = behave(mllm, ConceptDictionary.from_activations(store, stimuli, layer), plan)
-    return D, torch.cat([D.standardise(s.tokens(layer)[0]) for s in (store, talk)])
+    return D, Stream(D, store, talk, batch=plan.rows)
 
 # %% ../nbs/13_real_models.ipynb #db57235b
 def behave(
@@ -218,14 +218,14 @@ def behave(
 # %% ../nbs/13_real_models.ipynb #662120be
 def make_kit(
     mllm: MLLM,                        # model
-    D: ConceptDictionary, Z: torch.Tensor, # of `read_dictionary`
+    D: ConceptDictionary, Z: Stream, # of `read_dictionary`
     folder: Path, plan: Plan,          # where, how much
     seconds: dict                      # gets the times
 ) -> Kit:
     "Train the autoencoder, fit the probe, save both with the dictionary."
     g = torch.Generator().manual_seed(0)
     with timed(seconds, 'autoencoder'):
-        sae = SAE.from_dictionary(D, k=plan.k).to(mllm.device).fit(Z, generator=g, steps=plan.steps, batch=plan.rows, every=max(1, plan.steps//20), checkpoint=folder/'sae.part')
+        sae = SAE.from_dictionary(D, k=plan.k).to(mllm.device).fit(Z, generator=g, steps=plan.steps, every=max(1, plan.steps//20), checkpoint=folder/'sae.part')
     with timed(seconds, 'probe'): probe = read_harm(mllm, max(0, D.layer - 5), batch_size=plan.batch_size, phrases=some_phrases(plan.phrases))
     kit = Kit(D, sae.cpu().eval().requires_grad_(False), probe)
     save_kit(kit, folder/'kit')

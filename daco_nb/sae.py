@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ACTIVATIONS', 'FORMAT', 'superposition', 'fve', 'l0', 'frac_alive', 'SAE', 'patch', 'Recipe', 'geometric_median',
-           'evaluate_sae', 'alignment']
+           'Stream', 'evaluate_sae', 'alignment']
 
 # %% ../nbs/06_sae.ipynb #e8884224
 import copy, json, math, os, shutil
@@ -468,6 +468,28 @@ def _first(
     while sum(map(len, taken)) < n: taken.append(next(batches))
     return torch.cat(taken)
 
+# %% ../nbs/06_sae.ipynb #7d20c1a1
+class Stream:
+    "Standardised token activations of stores, as batches for *SAE.fit*; a few shards are in memory at a time, and every pass gives the same batches."
+    def __init__(self,
+        D,                 # dictionary of the layer to read: has `layer` and `standardise`
+        *stores,           # each an `ActivationStore`, or anything that iterates over shards with `tokens(layer)`
+        batch: int = 1024, # rows per batch; the last may be smaller
+        mix: int = 8,      # shards that are shuffled together
+        seed: int = 0      # of the order of shards and rows
+    ):
+        if min(batch, mix) < 1: raise ValueError(f'batch = {batch}, mix = {mix}: both must be at least 1')
+        self.D, self.stores, self.batch, self.mix, self.seed = D, stores, batch, mix, seed
+
+    def __iter__(self):
+        shards, g, rest = [s for store in self.stores for s in store], torch.Generator().manual_seed(self.seed), []
+        for few in torch.randperm(len(shards), generator=g).split(self.mix):
+            rows = torch.cat([*rest, *(self.D.standardise(shards[i].tokens(self.D.layer)[0]) for i in few)])
+            *full, last = rows[torch.randperm(len(rows), generator=g)].split(self.batch)
+            yield from full
+            rest = [last]
+        if rest: yield from rest
+
 # %% ../nbs/06_sae.ipynb #3c1d90ab
 def _optimiser(
     sae: SAE, lr: float # to be trained; peak learning rate
@@ -663,7 +685,7 @@ def _recipe(
 # %% ../nbs/06_sae.ipynb #b67f3118
 @patch
 def fit(self: SAE,
-    Z,                                        # standardised activations `[n, d_in]`, or an iterable of batches of them
+    Z,                                        # standardised activations `[n, d_in]`, or an iterable of batches of them (a `Stream`)
     generator: torch.Generator | None = None, # source of randomness: split and order
     checkpoint: Path | str | None = None,     # file to write, and to continue from if it exists
     bar: bool = True,                         # show progress

@@ -87,7 +87,7 @@ def test_stimuli_and_dictionary_of_another_family(tmp_path):
     mllm, seconds = MLLM.demo("internvl"), {}
     D, Z = rm.read_dictionary(mllm, DemoCorpus(24), ["cat", "dog"], DemoEncoder(), tmp_path, rm.SMALL._replace(n_pos=2, n_neg=2, chats=3, prompts=2), 5, seconds)
     assert D.names == ["cat", "dog", "refusal"] and D.layer == 5 and D.behaviours["declining"].layer == 7
-    assert Z.shape[1] == mllm.d_model and list(seconds) == ["stimuli", "extract", "dictionary"]
+    assert next(iter(Z)).shape[1] == mllm.d_model and list(seconds) == ["stimuli", "extract", "dictionary"]
 
 
 TINY = rm.SMALL._replace(n_pos=2, n_neg=2, chats=4, phrases=16, prompts=2, k=3, steps=4, rows=32, new_tokens=3)

@@ -226,6 +226,20 @@ def test_aux_k_trains_dead_latents_only(world):
     assert (sae.W_enc.grad.abs().sum(0) > 0)[~dead].sum() == 0
 
 
+def test_a_store_on_disk_trains(tmp_path):
+    "Every token of every shard comes once per pass, standardised and mixed; at most `mix` shards are read between two batches."
+    from test_activations import make
+    store = make(tmp_path/'store')
+    mean, std = store.stats(3)
+    D = SimpleNamespace(layer=3, standardise=lambda z: (z - mean)/std)
+    batches = list(module.Stream(D, store, batch=64, mix=3))
+    assert {len(z) for z in batches[:-1]} == {64} and sorted(torch.cat(batches).tolist()) == sorted(D.standardise(store.tokens(3)[0]).tolist())
+    sae = SAE.random(8, 16, k=2, generator=seeded(0)).fit(module.Stream(D, store, batch=64, mix=3), seeded(1), bar=False, steps=200, lr=1e-2)
+    assert sae.history[-1]['fve'] > sae.history[0]['fve'] + .05
+    with pytest.raises(ValueError, match='batch = 0'): module.Stream(D, store, batch=0)
+    with pytest.raises(ValueError, match='Layer 2 was not|no .2.tokens'): next(iter(module.Stream(SimpleNamespace(layer=2, standardise=D.standardise), store)))
+
+
 def test_silent_latents_are_counted(world):
     sae = SAE.from_dictionary(world.D, k=2)
     sae.b_enc.data[:6] = -1e3
